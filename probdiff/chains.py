@@ -1,0 +1,272 @@
+"""The forward chain q and the reverse chain p as NumPyro programs.
+
+Each method of `GaussianDiffusion` below is a NumPyro program: give it to `SVI`, `Predictive`,
+`handlers.trace` or any other tool of NumPyro.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+from numpyro import handlers
+from numpyro.contrib.control_flow import scan
+from numpyro.distributions.kl import kl_divergence
+
+from probdiff.families import Covariance, Gaussian
+from probdiff.schedules import NoiseLevels
+from probdiff.types import Event, Key, Time
+
+
+class Schedule(Protocol):
+    @property
+    def num_timesteps(self) -> int: ...
+    def __call__(self) -> NoiseLevels: ...
+
+
+class Recipe(Protocol):
+    def build(self, rng_key: Key, event_shape: tuple[int, ...], num_outputs: int) -> eqx.Module: ...
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianDiffusion:
+    """A Gaussian diffusion: the pair of chains q (N3, N5) and p (N7, N8, N13) over x_0…x_T.
+
+    `network` is a recipe such as `networks.ResidualMLP()` or an Equinox module with the signature that
+    `networks` documents. `covariance` of the reverse kernel: "fixed", "diagonal" or "full" (a Cholesky factor).
+
+    Every program takes `x_0` of shape `event_shape` (one datum) or (N, *event_shape), whose rows are
+    the plate "data" of size N, of which `subsample_size` draws a part. `stacked=True` gives the same
+    density with one site "x" whose leading axis is time, in the order of the explicit sites, by `scan`:
+    it compiles as fast at T = 1000 as at T = 10. Params: those of the schedule, and "network$params".
+
+    Raises `ValueError` or `TypeError` for an x_0 of another shape or of integers.
+    """
+
+    event_shape: tuple[int, ...]
+    schedule: Schedule
+    network: Recipe | eqx.Module
+    covariance: Covariance = "diagonal"
+    family: Gaussian = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.event_shape)
+        if not shape or any(size < 1 for size in shape):
+            raise ValueError(f"event_shape is {shape}; it must be a tuple of positive integers such as (2,)")
+        object.__setattr__(self, "event_shape", shape)
+        object.__setattr__(self, "family", Gaussian(shape, self.covariance))
+        if isinstance(self.network, eqx.Module):
+            x_t, log_snr = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+            outputs = eqx.filter_eval_shape(self.network, x_t, log_snr)
+            if getattr(outputs, "shape", None) != (self.family.num_outputs,):
+                raise ValueError(
+                    f"network gives outputs of shape {getattr(outputs, 'shape', None)}; event_shape {shape} with "
+                    f"covariance {self.covariance!r} wants ({self.family.num_outputs},)"
+                )
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.schedule.num_timesteps
+
+    def forward(self, x_0: Event, *, stacked: bool = False, subsample_size: int | None = None) -> None:
+        """q(x_1…x_T given x_0) = ∏ q(x_t given x_{t−1}), N3 and N5: sites x_1, …, x_T.
+
+        The guide for `Trace_ELBO`, which then is N17. `TraceMeanField_ELBO` wants `forward_posterior`.
+        """
+        q, T = self.family, self.num_timesteps
+        noise = self.schedule()
+        plate, x_0 = self._data(x_0, subsample_size)
+        if stacked:
+            _scan(plate, lambda x_prev, t: q.step(x_prev, noise, t), x_0, range(1, T + 1))
+            return
+        with plate:
+            x_t = x_0
+            for t in range(1, T + 1):
+                step = q.step(x_t, noise, t)
+                x_t = numpyro.sample(f"x_{t}", step if T == 1 else ForwardStep(step, 0))
+
+    def forward_posterior(self, x_0: Event, *, stacked: bool = False, subsample_size: int | None = None) -> None:
+        """The same q as q(x_T given x_0) ∏ q(x_{t−1} given x_t, x_0): sites x_T, …, x_1."""
+        q, T = self.family, self.num_timesteps
+        noise = self.schedule()
+        plate, x_0 = self._data(x_0, subsample_size)
+        marginal = q.marginal(x_0, noise, T)
+        if stacked:
+
+            def step(x_next: Event, t: Time) -> dist.Distribution:
+                return _where(t == T, marginal, q.posterior(x_next, x_0, noise, jnp.minimum(t + 1, T)))
+
+            _scan(plate, step, jnp.zeros_like(x_0), range(T, 0, -1))
+            return
+        with plate:
+            x_t = numpyro.sample(f"x_{T}", marginal)
+            for t in range(T, 1, -1):
+                x_t = numpyro.sample(f"x_{t - 1}", q.posterior(x_t, x_0, noise, t))
+
+    def reverse(
+        self, x_0: Event | None = None, *, stacked: bool = False, subsample_size: int | None = None
+    ) -> Event:
+        """p(x_T) ∏ p(x_{t−1} given x_t), N8 and N13: sites x_T, …, x_0; returns x_0.
+
+        x_0 is observed where it is given. Where it is not, one datum is drawn; N at once come from
+        `Predictive(..., num_samples=N)` or, for the explicit form, from a plate around the program.
+        """
+        p, T = self.family, self.num_timesteps
+        _, kernel = self.components()
+        plate, x_0 = self._data(x_0, subsample_size)
+        prior = p.prior(self._batch_shape(x_0))
+        if stacked:
+
+            def step(x_next: Event, t: Time) -> dist.Distribution:
+                return _where(t == T, prior, kernel(x_next, jnp.minimum(t + 1, T)))
+
+            x_1 = _scan(plate, step, jnp.zeros(prior.shape()), range(T, 0, -1))
+            with plate:
+                return numpyro.sample("x_0", kernel(x_1, 1), obs=x_0)
+        with plate:
+            x_t = numpyro.sample(f"x_{T}", prior)
+            for t in range(T, 0, -1):
+                x_t = numpyro.sample(f"x_{t - 1}", kernel(x_t, t), obs=x_0 if t == 1 else None)
+        return x_t
+
+    def forward_at_time(self, x_0: Event, *, subsample_size: int | None = None) -> None:
+        """The guide of `reverse_at_time`: sites u, x_t, x_prev and x_T."""
+        q, T = self.family, self.num_timesteps
+        noise = self.schedule()
+        plate, x_0 = self._data(x_0, subsample_size)
+        t = self._draw_t(x_0)
+        with plate:
+            with handlers.mask(mask=False):
+                x_t = numpyro.sample("x_t", q.marginal(x_0, noise, t))
+            if T > 1:
+                with handlers.scale(scale=T), handlers.mask(mask=t > 1):
+                    numpyro.sample("x_prev", q.posterior(x_t, x_0, noise, jnp.maximum(t, 2)))
+            numpyro.sample(f"x_{T}", q.marginal(x_0, noise, T))
+
+    def reverse_at_time(self, x_0: Event, *, subsample_size: int | None = None) -> None:
+        """One t per datum, uniform on 1…T, its term of the ELBO scaled by T: an unbiased estimate of N17.
+
+        K = E_t[ T·(log p(x_0 given x_1) where t = 1, else −KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t))) ]
+        − KL(q(x_T given x_0) ‖ p(x_T)). The t of a batch are evenly spread: one uniform draw u shifts a grid.
+        x_t is drawn from q(x_t given x_0) in both programs, so its density cancels and is masked out.
+        Sites u, x_t, x_prev, x_0 and x_T, and the deterministic t.
+        """
+        p, T = self.family, self.num_timesteps
+        noise, kernel = self.components()
+        plate, x_0 = self._data(x_0, subsample_size)
+        t = self._draw_t(x_0)
+        with plate:
+            with handlers.mask(mask=False):
+                x_t = numpyro.sample("x_t", p.marginal(x_0, noise, t))
+            p_of_x_t = kernel(x_t, t)
+            with handlers.scale(scale=T):
+                if T > 1:
+                    with handlers.mask(mask=t > 1):
+                        numpyro.sample("x_prev", p_of_x_t)
+                with handlers.mask(mask=t == 1):
+                    numpyro.sample("x_0", p_of_x_t, obs=x_0)
+            numpyro.sample(f"x_{T}", p.prior(self._batch_shape(x_0)))
+
+    def components(self) -> tuple[NoiseLevels, Callable[[Event, Time], dist.Distribution]]:
+        """The noise levels, and p(x_{t−1} given x_t) as a function of x_t and t: all that has params.
+
+        Called inside a program, or under `handlers.substitute(..., data=params)`. The function takes x_t of
+        any batch shape, and one t or a t per datum.
+        """
+        noise = self.schedule()
+        params, static = eqx.filter_eval_shape(self._build, jax.random.key(0))
+        params = numpyro.param("network$params", lambda rng_key: self._build(rng_key)[0])
+        axes = ",".join("abcdefgh"[: len(self.event_shape)])
+        network = jnp.vectorize(eqx.combine(params, static), signature=f"({axes}),()->(p)")
+
+        def kernel(x_t: Event, t: Time) -> dist.Distribution:
+            return self.family.kernel(x_t, network(x_t, noise.log_snr[jnp.asarray(t) - 1]), noise, t)
+
+        return noise, kernel
+
+    def _draw_t(self, x_0: Event) -> Time:
+        batch_shape = self._batch_shape(x_0)
+        u = numpyro.sample("u", dist.Uniform(0.0, 1.0))
+        grid = jnp.arange(math.prod(batch_shape)).reshape(batch_shape) / math.prod(batch_shape)
+        t = 1 + jnp.floor(self.num_timesteps * ((grid + u) % 1.0)).astype(int)
+        return numpyro.deterministic("t", jnp.minimum(t, self.num_timesteps))
+
+    def _build(self, rng_key: Key) -> tuple[eqx.Module, eqx.Module]:
+        recipe = self.network
+        module = recipe if isinstance(recipe, eqx.Module) else recipe.build(rng_key, self.event_shape, self.family.num_outputs)
+        return eqx.partition(module, eqx.is_inexact_array)
+
+    def _batch_shape(self, x_0: Event | None) -> tuple[int, ...]:
+        return () if x_0 is None else x_0.shape[: x_0.ndim - len(self.event_shape)]
+
+    def _data[X: Event | None](self, x_0: X, subsample_size: int | None) -> tuple[AbstractContextManager, X]:
+        """The plate "data", to be entered as often as needed, and the rows of x_0 that it draws."""
+        if x_0 is None:
+            return nullcontext(), None
+        shape = jnp.shape(x_0)
+        if shape != self.event_shape and shape[1:] != self.event_shape:
+            raise ValueError(f"x_0 has shape {shape}; this diffusion has event_shape {self.event_shape}")
+        if not jnp.issubdtype(jnp.result_type(x_0), jnp.floating):
+            raise TypeError(f"x_0 has dtype {jnp.result_type(x_0)}; a Gaussian diffusion wants floating-point data")
+        x_0 = jnp.asarray(x_0)
+        if shape == self.event_shape:
+            return nullcontext(), x_0
+        if subsample_size is not None and not 1 <= subsample_size <= shape[0]:
+            raise ValueError(f"subsample_size is {subsample_size}; x_0 has {shape[0]} rows")
+        plate = numpyro.plate("data", shape[0], subsample_size=subsample_size)
+        with plate as index:
+            return plate, x_0 if subsample_size is None else x_0[index]
+
+
+class ForwardStep(dist.Independent):
+    """q(x_t given x_{t−1}) at a site of the forward order, whose KL divergence to p's kernel is no term of the ELBO.
+
+    `TraceMeanField_ELBO` would take it for one with no more than a warning, so it is refused here.
+    """
+
+
+def _refuse_forward_order(q: ForwardStep, p: dist.Distribution) -> Array:
+    raise ValueError(
+        "TraceMeanField_ELBO needs a guide in the order of the model, x_T to x_1: "
+        "use forward_posterior as the guide, or Trace_ELBO with forward"
+    )
+
+
+# one entry for each second argument that NumPyro has a rule for, so that no rule is ambiguous
+for _kind in {dist.Distribution, *(p for _, p in kl_divergence.funcs)}:
+    kl_divergence.add((ForwardStep, _kind), _refuse_forward_order)
+
+
+def _where(condition: Array, a: dist.Distribution, b: dist.Distribution) -> dist.Distribution:
+    return jax.tree.map(partial(jnp.where, condition), a, b)
+
+
+def _scan(
+    plate: AbstractContextManager,
+    step: Callable[[Event, Time], dist.Distribution],
+    initial: Event,
+    times: range,
+) -> Event:
+    """Draws the site "x" from `step(x, t)` for t in `times`, and returns the last x."""
+    ascending = times.step > 0 and len(times) > 1
+
+    def body(x: Event, t: Time) -> tuple[Event, None]:
+        with plate, handlers.trace() as trace:
+            x = numpyro.sample("x", step(x, t), infer={"ascending": ascending})
+        # NumPyro pairs the draws of a scan by position; replay brings the guide's `infer` along
+        if trace["x"]["infer"]["ascending"] != ascending:
+            raise ValueError(
+                "a stacked guide must run in the order of the stacked model, x_T to x_1: "
+                "use forward_posterior with stacked=True as the guide"
+            )
+        return x, None
+
+    return scan(body, initial, jnp.asarray(times))[0]

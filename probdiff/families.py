@@ -1,0 +1,98 @@
+"""A family of diffusions: its forward kernel and what follows from it, as NumPyro distributions.
+
+The chains know a family by five distributions: `step` q(x_t given x_{t−1}), `marginal` q(x_t given
+x_0), `posterior` q(x_{t−1} given x_t, x_0), `prior` p(x_T), and `kernel` p(x_{t−1} given x_t), which
+reads the `num_outputs` numbers that the network gives for each x_t.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+
+from probdiff.schedules import NoiseLevels
+from probdiff.types import Event, Time
+
+Covariance = Literal["fixed", "diagonal", "full"]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Gaussian diffusion, N3: q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t·I) and p(x_T) = N(0, I)."""
+
+    event_shape: tuple[int, ...]
+    covariance: Covariance
+
+    def __post_init__(self) -> None:
+        if self.covariance not in ("fixed", "diagonal", "full"):
+            raise ValueError(f'covariance is {self.covariance!r}; it must be "fixed", "diagonal" or "full"')
+        if self.covariance == "full" and len(self.event_shape) != 1:
+            raise ValueError(f'event_shape is {self.event_shape}; covariance="full" wants a vector, event_shape (D,)')
+
+    @property
+    def num_outputs(self) -> int:
+        """Network outputs per datum: D for the mean, then 0, D or D·(D+1)/2 for the covariance."""
+        size = math.prod(self.event_shape)
+        return size + {"fixed": 0, "diagonal": size, "full": size * (size + 1) // 2}[self.covariance]
+
+    def step(self, x_prev: Event, noise: NoiseLevels, t: Time) -> dist.Distribution:
+        """q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t·I), N3."""
+        shrink, std = noise.step(t)
+        return self._isotropic(self._wide(shrink) * x_prev, std)
+
+    def marginal(self, x_0: Event, noise: NoiseLevels, t: Time) -> dist.Distribution:
+        """q(x_t given x_0) = N(√ᾱ_t·x_0, (1−ᾱ_t)·I)."""
+        shrink, std = noise.marginal(t)
+        return self._isotropic(self._wide(shrink) * x_0, std)
+
+    def posterior(self, x_t: Event, x_0: Event, noise: NoiseLevels, t: Time) -> dist.Distribution:
+        """q(x_{t−1} given x_t, x_0), for t ≥ 2: Gaussian with the coefficients of `NoiseLevels.posterior`."""
+        of_x_0, of_x_t, std = noise.posterior(t)
+        return self._isotropic(self._wide(of_x_0) * x_0 + self._wide(of_x_t) * x_t, std)
+
+    def prior(self, batch_shape: tuple[int, ...] = ()) -> dist.Distribution:
+        """p(x_T) = N(0, I), N7."""
+        return self._isotropic(jnp.zeros(batch_shape + self.event_shape), jnp.ones(()))
+
+    def kernel(self, x_t: Event, outputs: Float[Array, "*batch P"], noise: NoiseLevels, t: Time) -> dist.Distribution:
+        """p(x_{t−1} given x_t) = N(f_μ(x_t, t), f_Σ(x_t, t)), N8.
+
+        f_μ is the mean of q(x_{t−1} given x_t, x̂_0) at the predicted x̂_0 = √ᾱ_t·x_t + √(1−ᾱ_t)·a, a the
+        first D outputs: a = 0 is exact for standard normal data.
+        f_Σ = β_t·M·Mᵀ, M lower triangular with M_ii = √(ρ_t + (1−ρ_t)·exp(2·b_ii)) and M_ij = (1−ρ_t)·b_ij,
+        ρ_t as in `NoiseLevels.noise_kept`. So f_Σ lies above β_t·ρ_t, the variance when x_0 is known, and
+        equals β_t at b = 0; it is β_t·I throughout for covariance "fixed".
+        """
+        size = math.prod(self.event_shape)
+        batch_shape = outputs.shape[:-1]
+        shrink, std = noise.marginal(t)
+        of_x_0, of_x_t, _ = noise.posterior(t)
+        direction = outputs[..., :size].reshape(batch_shape + self.event_shape)
+        x_0_hat = self._wide(shrink) * x_t + self._wide(std) * direction
+        f_mu = self._wide(of_x_0) * x_0_hat + self._wide(of_x_t) * x_t
+        _, step_std = noise.step(t)
+        if self.covariance == "fixed":
+            return self._isotropic(f_mu, step_std)
+        rho = jnp.asarray(noise.noise_kept(t))[..., None]
+        diagonal = jnp.sqrt(rho + (1 - rho) * jnp.exp(2 * outputs[..., size : 2 * size]))
+        scale = jnp.asarray(step_std)[..., None] * diagonal
+        if self.covariance == "diagonal":
+            return dist.Normal(f_mu, scale.reshape(batch_shape + self.event_shape)).to_event(len(self.event_shape))
+        rows, columns = jnp.tril_indices(size, -1)
+        below = (jnp.asarray(step_std)[..., None] * (1 - rho)) * outputs[..., 2 * size :]
+        scale_tril = scale[..., None] * jnp.eye(size)
+        return dist.MultivariateNormal(f_mu, scale_tril=scale_tril.at[..., rows, columns].set(below))
+
+    def _isotropic(self, loc: Event, std: Float[Array, "..."]) -> dist.Distribution:
+        # the same class for all five, so that KL divergences between them are closed forms
+        if self.covariance == "full":
+            scale_tril = jnp.asarray(std)[..., None, None] * jnp.eye(self.event_shape[0])
+            return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+        return dist.Normal(loc, jnp.broadcast_to(self._wide(std), loc.shape)).to_event(len(self.event_shape))
+
+    def _wide(self, coefficient: Float[Array, "..."]) -> Float[Array, "..."]:
+        """A coefficient per datum, with an axis of length one for each axis of the event."""
+        return jnp.reshape(coefficient, jnp.shape(coefficient) + (1,) * len(self.event_shape))

@@ -1,0 +1,66 @@
+"""Networks for the reverse kernel, as Equinox modules.
+
+A network is any Equinox module called as `network(x_t, log_snr) -> outputs` on one datum: x_t of
+shape `event_shape`, log_snr a scalar, outputs of shape (num_outputs,), as the family counts them. A
+recipe such as `ResidualMLP` has `build(rng_key, event_shape, num_outputs)`, which returns one.
+"""
+
+import math
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from probdiff.types import Key
+
+
+def embed_log_snr(log_snr: Float[Array, ""], num_features: int) -> Float[Array, " F"]:
+    """Sines and cosines of the log-SNR at geometric wavelengths from 4 to 64 nats, and tanh of it, shape (F + 1,)."""
+    wavelength = jnp.geomspace(4.0, 64.0, num_features // 2)
+    angle = 2 * jnp.pi * jnp.clip(log_snr, -20.0, 20.0) / wavelength
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle), jnp.tanh(log_snr / 8)[None]])
+
+
+class ResidualMLPModule(eqx.Module):
+    """h ← h + W·silu(h + E·embedding), repeated; zero outputs at the start."""
+
+    first: eqx.nn.Linear
+    blocks: list[eqx.nn.Linear]
+    shifts: list[eqx.nn.Linear]
+    last: eqx.nn.Linear
+    num_features: int = eqx.field(static=True)
+
+    def __call__(self, x_t: Float[Array, " *event"], log_snr: Float[Array, ""]) -> Float[Array, " P"]:
+        embedding = embed_log_snr(log_snr, self.num_features)
+        h = self.first(jnp.ravel(x_t))
+        for block, shift in zip(self.blocks, self.shifts, strict=True):
+            h = h + block(jax.nn.silu(h + shift(embedding)))
+        return self.last(jax.nn.silu(h))
+
+
+@dataclass(frozen=True)
+class ResidualMLP:
+    """Recipe for a residual multilayer perceptron of `depth` blocks of `width` units.
+
+    Raises `ValueError` where width or depth is below 1.
+    """
+
+    width: int = 128
+    depth: int = 3
+    num_features: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def build(self, rng_key: Key, event_shape: tuple[int, ...], num_outputs: int) -> ResidualMLPModule:
+        """The initialised module for data of `event_shape`."""
+        keys = iter(jax.random.split(rng_key, 2 * self.depth + 2))
+        first = eqx.nn.Linear(math.prod(event_shape), self.width, key=next(keys))
+        blocks = [eqx.nn.Linear(self.width, self.width, key=next(keys)) for _ in range(self.depth)]
+        shifts = [eqx.nn.Linear(self.num_features + 1, self.width, use_bias=False, key=next(keys)) for _ in range(self.depth)]
+        last = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(self.width, num_outputs, key=next(keys)))
+        return ResidualMLPModule(first, blocks, shifts, last, self.num_features)

@@ -1,0 +1,244 @@
+"""β_t, ᾱ_t and the log-SNR of a forward chain: fixed schedules and learned ones.
+
+A schedule is called inside a NumPyro program. It declares its parameters, if any, and returns
+the chain's `NoiseLevels`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jaxtyping import Array, Float
+from numpyro.distributions import constraints
+
+from probdiff.types import Time
+
+_LARGEST_BETA = 0.999  # of the initial β_t of a learned schedule, and of the cosine schedule
+
+
+class NoiseLevels(eqx.Module):
+    """The noise of a forward chain at t = 1…T, in log space.
+
+    ᾱ_t = ∏_{s≤t} (1 − β_s), ᾱ_0 = 1; log-SNR_t = log ᾱ_t − log(1 − ᾱ_t).
+
+    `beta` and `log_alpha` = log(1 − β_t) have shape (T,), `log_alpha_bar` has shape (T + 1,).
+    Methods take t as an integer or an integer array and return an array of t's shape.
+    """
+
+    beta: Float[Array, " T"]
+    log_alpha: Float[Array, " T"]
+    log_alpha_bar: Float[Array, " T+1"]
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.beta.shape[-1]
+
+    @property
+    def alpha_bar(self) -> Float[Array, " T+1"]:
+        return jnp.exp(self.log_alpha_bar)
+
+    @property
+    def log_snr(self) -> Float[Array, " T"]:
+        """Log-SNR at t = 1…T, shape (T,)."""
+        log_alpha_bar = self.log_alpha_bar[..., 1:]
+        return log_alpha_bar - jnp.log(-jnp.expm1(log_alpha_bar))
+
+    def beta_at(self, t: Time) -> Float[Array, "..."]:
+        return self.beta[jnp.asarray(t) - 1]
+
+    def step(self, t: Time) -> tuple[Array, Array]:
+        """√(1−β_t) and √β_t: mean coefficient and standard deviation of q(x_t given x_{t−1}), N3."""
+        index = jnp.asarray(t) - 1
+        return jnp.exp(0.5 * self.log_alpha[index]), jnp.sqrt(self.beta[index])
+
+    def marginal(self, t: Time) -> tuple[Array, Array]:
+        """√ᾱ_t and √(1−ᾱ_t): mean coefficient and standard deviation of q(x_t given x_0)."""
+        log_alpha_bar = self.log_alpha_bar[jnp.asarray(t)]
+        return jnp.exp(0.5 * log_alpha_bar), jnp.sqrt(-jnp.expm1(log_alpha_bar))
+
+    def noise_kept(self, t: Time) -> Float[Array, "..."]:
+        """ρ_t = (1−ᾱ_{t−1}) / (1−ᾱ_t), so that q(x_{t−1} given x_t, x_0) has variance β_t·ρ_t."""
+        index = jnp.asarray(t)
+        return jnp.expm1(self.log_alpha_bar[index - 1]) / jnp.expm1(self.log_alpha_bar[index])
+
+    def posterior(self, t: Time) -> tuple[Array, Array, Array]:
+        """Coefficients of x_0 and x_t in the mean of q(x_{t−1} given x_t, x_0), and its standard deviation.
+
+        √ᾱ_{t−1}·β_t / (1−ᾱ_t), √(1−β_t)·ρ_t and √(β_t·ρ_t) with ρ_t = (1−ᾱ_{t−1}) / (1−ᾱ_t).
+        At t = 1 they are 1, 0 and 0.
+        """
+        index = jnp.asarray(t)
+        beta, rho = self.beta[index - 1], self.noise_kept(t)
+        of_x_0 = jnp.exp(0.5 * self.log_alpha_bar[index - 1]) * beta / -jnp.expm1(self.log_alpha_bar[index])
+        # √0 has no gradient, and at t = 1 none is wanted
+        variance = beta * rho
+        std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
+        return of_x_0, jnp.exp(0.5 * self.log_alpha[index - 1]) * rho, std
+
+
+def from_beta(beta: Float[Array, " T"]) -> NoiseLevels:
+    """Noise levels of β_1…β_T, shape (T,)."""
+    log_alpha = jnp.log1p(-beta)
+    return NoiseLevels(beta, log_alpha, jnp.concatenate([jnp.zeros_like(beta[:1]), jnp.cumsum(log_alpha)]))
+
+
+def _check_num_timesteps(num_timesteps: int) -> None:
+    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int | np.integer):
+        raise TypeError(f"num_timesteps is {num_timesteps!r}; it must be an integer")
+    if num_timesteps < 1:
+        raise ValueError(f"num_timesteps is {num_timesteps}; it must be at least 1")
+
+
+def _checked_beta(beta: object) -> np.ndarray:
+    array = np.asarray(beta, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"beta has shape {array.shape}; it must be (T,) with T at least 1")
+    outside = np.flatnonzero(~((array > 0) & (array < 1)))
+    if outside.size:
+        t = int(outside[0])
+        raise ValueError(f"beta[{t}] is {array[t]:g}; every β_t must lie strictly between 0 and 1")
+    return array
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """A schedule whose β_t are given and not learned.
+
+    `beta` has shape (T,), each in (0, 1), else `ValueError`. The coefficients are worked out in
+    float64 and rounded once.
+    """
+
+    beta: np.ndarray
+
+    def __init__(self, beta: object) -> None:
+        object.__setattr__(self, "beta", _checked_beta(beta))
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.beta)
+
+    def __call__(self) -> NoiseLevels:
+        return _constant_levels(self.beta)
+
+
+def _constant_levels(beta: np.ndarray) -> NoiseLevels:
+    with np.errstate(divide="ignore"):  # the harmonic schedule ends at β_T = 1
+        log_alpha = np.log1p(-beta)
+    log_alpha_bar = np.concatenate([[0.0], np.cumsum(log_alpha)])
+    return NoiseLevels(jnp.asarray(beta), jnp.asarray(log_alpha), jnp.asarray(log_alpha_bar))
+
+
+def linear(num_timesteps: int, first: float = 1e-4, last: float = 0.02) -> Fixed:
+    """β_t linear in t from `first` to `last`, both scaled by 1000/T (Ho, Jain and Abbeel 2020).
+
+    The scaling keeps ᾱ_T near that of T = 1000; a β_t that would pass 0.999 is held there.
+    Raises `ValueError` where T < 1 or an end point is outside (0, 1).
+    """
+    _check_num_timesteps(num_timesteps)
+    first, last = _checked_beta([first, last]).tolist()
+    return Fixed(np.minimum(np.linspace(first, last, num_timesteps) * 1000 / num_timesteps, _LARGEST_BETA))
+
+
+def cosine(num_timesteps: int, offset: float = 0.008) -> Fixed:
+    """ᾱ_t = f(t)/f(0), f(t) = cos²(π/2·(t/T + s)/(1 + s)), β_t at most 0.999 (Nichol and Dhariwal 2021, eq. 17).
+
+    Raises `ValueError` where T < 1 or the offset s is negative.
+    """
+    _check_num_timesteps(num_timesteps)
+    if not offset >= 0:
+        raise ValueError(f"offset is {offset}; it must not be negative")
+    angle = 0.5 * np.pi * (np.arange(num_timesteps + 1) / num_timesteps + offset) / (1 + offset)
+    alpha_bar = np.cos(angle) ** 2
+    return Fixed(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], _LARGEST_BETA))
+
+
+@dataclass(frozen=True, eq=False)
+class _Harmonic:
+    num_timesteps: int
+
+    @property
+    def beta(self) -> np.ndarray:
+        return 1.0 / np.arange(self.num_timesteps, 0, -1)
+
+    def __call__(self) -> NoiseLevels:
+        return _constant_levels(self.beta)
+
+
+def harmonic(num_timesteps: int) -> _Harmonic:
+    """β_t = 1/(T − t + 1), which removes an equal share 1/T of the data at each step (Sohl-Dickstein et al. 2015).
+
+    β_T = 1 exactly, so x_T is noise alone and the prior term of the ELBO is zero.
+    Raises `ValueError` where T < 1.
+    """
+    _check_num_timesteps(num_timesteps)
+    return _Harmonic(int(num_timesteps))
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedBetas:
+    """One free parameter per step: the NumPyro param "beta" of shape (T,), constrained to (0, 1), N4.
+
+    `initial` is a schedule constructor such as `cosine`, or T values in (0, 1); values above 0.999
+    start there. Raises `ValueError` where T < 1 or `initial` does not fit.
+    """
+
+    num_timesteps: int
+    initial: object = cosine
+
+    def __post_init__(self) -> None:
+        _check_num_timesteps(self.num_timesteps)
+        self.initial_beta()
+
+    def initial_beta(self) -> np.ndarray:
+        given = self.initial(self.num_timesteps).beta if isinstance(self.initial, Callable) else self.initial  # type: ignore[arg-type]
+        beta = np.minimum(np.asarray(given, dtype=np.float64), 1.0 if isinstance(self.initial, Callable) else np.inf)  # type: ignore[arg-type]
+        if isinstance(self.initial, Callable):  # type: ignore[arg-type]
+            beta = np.minimum(beta, _LARGEST_BETA)
+        beta = _checked_beta(beta)
+        if len(beta) != self.num_timesteps:
+            raise ValueError(f"initial has {len(beta)} values; num_timesteps is {self.num_timesteps}")
+        return np.minimum(beta, _LARGEST_BETA)
+
+    def __call__(self) -> NoiseLevels:
+        initial = jnp.asarray(self.initial_beta())
+        return from_beta(numpyro.param("beta", initial, constraint=constraints.unit_interval))
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedSNR:
+    """A monotone learned log-SNR γ(t/T) with learned end points, usable at any T without new parameters.
+
+    γ(u) = γ_0 − s·F(u), where F is a piecewise linear distribution function on [0, 1] with
+    `num_knots` pieces of learned mass. Then ᾱ_t = σ(γ(t/T)) and
+    β_t = (1 − ᾱ_t)·(1 − exp(γ(t/T) − γ((t−1)/T))) (Kingma et al. 2021, appendix A), β_1 = 1 − ᾱ_1.
+
+    NumPyro params: "log_snr_start" γ_0, "log_snr_span" s > 0, "log_snr_shares" (num_knots,) on the simplex.
+    The initial γ is linear from 10 to −10. Raises `ValueError` where T < 1 or num_knots < 2.
+    """
+
+    num_timesteps: int
+    num_knots: int = 16
+
+    def __post_init__(self) -> None:
+        _check_num_timesteps(self.num_timesteps)
+        if self.num_knots < 2:
+            raise ValueError(f"num_knots is {self.num_knots}; it must be at least 2")
+
+    def __call__(self) -> NoiseLevels:
+        start = numpyro.param("log_snr_start", jnp.asarray(10.0))
+        span = numpyro.param("log_snr_span", jnp.asarray(20.0), constraint=constraints.positive)
+        uniform = jnp.full(self.num_knots, 1 / self.num_knots)
+        shares = numpyro.param("log_snr_shares", uniform, constraint=constraints.simplex)
+        # the share of each piece that lies in each step is known exactly, so that a step's fall
+        # in log-SNR is never a difference of two nearly equal numbers
+        grid = np.arange(self.num_timesteps + 1)[:, None] / self.num_timesteps * self.num_knots
+        covered = np.clip(grid - np.arange(self.num_knots), 0.0, 1.0)
+        fall = span * (jnp.asarray(np.diff(covered, axis=0)) @ shares)
+        log_snr = start - span * (jnp.asarray(covered[1:]) @ shares)
+        beta = jax.nn.sigmoid(-log_snr) * jnp.where(jnp.arange(self.num_timesteps) == 0, 1.0, -jnp.expm1(-fall))
+        log_alpha_bar = jnp.concatenate([jnp.zeros(1), jax.nn.log_sigmoid(log_snr)])
+        return NoiseLevels(beta, jnp.log1p(-beta), log_alpha_bar)
