@@ -2,5 +2,6 @@
 
 from probdiff import datasets, networks, schedules
 from probdiff.chains import GaussianDiffusion
+from probdiff.results import Fit, fit
 
-__all__ = ["GaussianDiffusion", "datasets", "networks", "schedules"]
+__all__ = ["Fit", "GaussianDiffusion", "datasets", "fit", "networks", "schedules"]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions.kl import kl_divergence
@@ -111,9 +111,7 @@ class GaussianDiffusion:
             for t in range(T, 1, -1):
                 x_t = numpyro.sample(f"x_{t - 1}", q.posterior(x_t, x_0, noise, t))
 
-    def reverse(
-        self, x_0: Event | None = None, *, stacked: bool = False, subsample_size: int | None = None
-    ) -> Event:
+    def reverse(self, x_0: Event | None = None, *, stacked: bool = False, subsample_size: int | None = None) -> Event:
         """p(x_T) ∏ p(x_{t−1} given x_t), N8 and N13: sites x_T, …, x_0; returns x_0.
 
         x_0 is observed where it is given. Where it is not, one datum is drawn; N at once come from
@@ -201,7 +199,11 @@ class GaussianDiffusion:
 
     def _build(self, rng_key: Key) -> tuple[eqx.Module, eqx.Module]:
         recipe = self.network
-        module = recipe if isinstance(recipe, eqx.Module) else recipe.build(rng_key, self.event_shape, self.family.num_outputs)
+        module = (
+            recipe
+            if isinstance(recipe, eqx.Module)
+            else recipe.build(rng_key, self.event_shape, self.family.num_outputs)
+        )
         return eqx.partition(module, eqx.is_inexact_array)
 
     def _batch_shape(self, x_0: Event | None) -> tuple[int, ...]:

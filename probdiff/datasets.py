@@ -77,3 +77,160 @@ class SwissRoll:
 
         moments = (second_moments(4.5 * math.pi) - second_moments(1.5 * math.pi)) / (3 * math.pi)
         return np.sqrt(moments - self._mean**2 + self.noise**2)
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianMixture:
+    """Σ_k w_k N(m_k, S_k) in any D.
+
+    `weights` (K,), positive and summing to 1; `means` (K, D); `covariances` (K, D, D), positive definite.
+    Raises `ValueError` where they are not.
+    """
+
+    weights: ArrayLike
+    means: ArrayLike
+    covariances: ArrayLike
+
+    def __post_init__(self) -> None:
+        weights, means, covariances = (np.asarray(a, float) for a in (self.weights, self.means, self.covariances))
+        k = weights.size
+        if weights.ndim != 1 or k == 0 or np.any(weights <= 0) or abs(weights.sum() - 1) > 1e-6:
+            raise ValueError(f"weights is {weights}; it must be a vector of positive numbers that sum to 1")
+        if means.ndim != 2 or len(means) != k:
+            raise ValueError(f"means has shape {means.shape}; with {k} weights it must be ({k}, D)")
+        if covariances.shape != (*means.shape, means.shape[1]):
+            raise ValueError(f"covariances has shape {covariances.shape}; it must be {(*means.shape, means.shape[1])}")
+        if not np.allclose(covariances, np.swapaxes(covariances, 1, 2)) or np.linalg.eigvalsh(covariances).min() <= 0:
+            raise ValueError("covariances must be symmetric and positive definite")
+
+    @property
+    def distribution(self) -> dist.Distribution:
+        """The mixture as a NumPyro distribution."""
+        components = dist.MultivariateNormal(jnp.asarray(self.means), jnp.asarray(self.covariances))
+        return dist.MixtureSameFamily(dist.Categorical(jnp.asarray(self.weights)), components)
+
+    def sample(self, rng_key: Key, n: int) -> Float[Array, "n D"]:
+        """n draws, shape (n, D)."""
+        return self.distribution.sample(rng_key, (n,))
+
+    def log_prob(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+        """log Σ_k w_k N(x given m_k, S_k), nats."""
+        return self.distribution.log_prob(jnp.asarray(x))
+
+
+def eight_gaussians(radius: float = 2.0, scale: float = 0.15) -> GaussianMixture:
+    """Eight equal Gaussians of standard deviation `scale`, evenly spaced on a circle of `radius`."""
+    angle = np.arange(8) * np.pi / 4
+    means = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return GaussianMixture(np.full(8, 1 / 8), means, np.tile(scale**2 * np.eye(2), (8, 1, 1)))
+
+
+def dequantise(x: ArrayLike, rng_key: Key) -> np.ndarray:
+    """x + u, u uniform on [0, 1): a density of x + u bounds the probability of the integers x from below.
+
+    x of integers, any shape; raises `ValueError` where it holds anything else.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    if not np.array_equal(x, np.floor(x)):
+        raise ValueError("x holds numbers that are not integers; dequantising is for integer data")
+    return x + np.asarray(jax.random.uniform(rng_key, x.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Data in two parts, (N, D) each, the names of the D features, and the exact density where it is known."""
+
+    train: np.ndarray
+    test: np.ndarray
+    features: tuple[str, ...]
+    density: Density | None = None
+
+
+def split(x: np.ndarray, features: Sequence[str], rng_key: Key, test_fraction: float = 0.2) -> Split:
+    """A seeded random split of the rows of x (N, D). Raises `ValueError` where either part would have fewer than 2 rows."""
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction is {test_fraction}; it must lie strictly between 0 and 1")
+    num_test = round(test_fraction * len(x))
+    if min(num_test, len(x) - num_test) < 2:
+        raise ValueError(f"the data have {len(x)} row(s); a split into training and test data needs more")
+    order = np.asarray(jax.random.permutation(rng_key, len(x)))
+    return Split(x[order[num_test:]], x[order[:num_test]], tuple(features))
+
+
+def load(
+    source: str,
+    *,
+    rng_key: Key,
+    noise: float = 0.5,
+    columns: Sequence[str] | None = None,
+    dequantised: bool = False,
+    test_fraction: float = 0.2,
+) -> Split:
+    """The data set called `source`, or the table in the file `source`, split into training and test rows.
+
+    Synthetic: "swiss-roll" (with `noise`) and "8-gaussians", 100,000 rows to train and 10,000 to test. Real, from
+    scikit-learn: "digits" (8×8, always dequantised), "wine" and "breast-cancer". Else a file for `read_table`.
+    """
+    key_data, key_split = jax.random.split(rng_key)
+    synthetic: dict[str, Callable[[], Density]] = {
+        "swiss-roll": lambda: SwissRoll(noise),
+        "8-gaussians": eight_gaussians,
+    }
+    if source in synthetic:
+        density = synthetic[source]()
+        x = np.asarray(density.sample(key_data, 110_000))
+        return Split(x[:100_000], x[100_000:], ("x", "y"), density)
+    if source in ("digits", "wine", "breast-cancer"):
+        import sklearn.datasets
+
+        bunch = getattr(sklearn.datasets, "load_" + source.replace("-", "_"))()
+        x, features = bunch.data, [str(name) for name in bunch.feature_names]
+        dequantised = source == "digits"
+    elif Path(source).suffix in READERS:
+        x, features = read_table(source, columns)
+    else:
+        names = ", ".join([*synthetic, "digits", "wine", "breast-cancer"])
+        raise ValueError(f"no data set is called {source!r}; there are {names}, and files in {', '.join(READERS)}")
+    if dequantised:
+        x = dequantise(x, key_data)
+    return split(x, features, key_split, test_fraction)
+
+
+def read_table(path: str | Path, columns: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
+    """The numbers in a .npy, .csv or .parquet file as an array (N, D), and the names of its columns.
+
+    The columns of a .npy file, an array (N, D), are called "0" to "D−1". Raises `ValueError` for a file that cannot be
+    read, a column that is not there and a column that is not of numbers. Missing entries come back as NaN.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    if path.suffix not in READERS:
+        raise ValueError(f"{path} ends in {path.suffix!r}; the files read are {', '.join(READERS)}")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+            if array.ndim != 2:
+                raise ValueError(f"its array has shape {array.shape}; it must be (N, D)")
+            frame = pd.DataFrame(array, columns=[str(i) for i in range(array.shape[1])])
+        else:
+            frame = getattr(pd, READERS[path.suffix])(path)
+    except Exception as error:  # each reader has errors of its own, and all mean the same to the user
+        raise ValueError(
+            f"{path} could not be read: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+    frame.columns = [str(name) for name in frame.columns]
+    if columns:
+        missing = [name for name in columns if name not in frame.columns]
+        if missing:
+            raise ValueError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(frame.columns)}")
+        frame = frame[list(columns)]
+    words = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
+    if words:
+        raise ValueError(f"{path}: column {words[0]!r} does not hold numbers; leave it out, naming the columns to use")
+    return frame.to_numpy(), list(frame.columns)
+
+
+READERS = {".npy": "load", ".csv": "read_csv", ".parquet": "read_parquet"}

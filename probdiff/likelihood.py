@@ -106,25 +106,37 @@ def _in_chunks(x_0: Data, rng_key: Key, compute: Callable[[Data, Key], Any]) -> 
         yield len(block), compute(jnp.asarray(padded), jax.random.fold_in(rng_key, i))
 
 
-def elbo_parts(
+def elbo_draws(
     d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
-) -> tuple[ELBOParts, Float[np.ndarray, " N"]]:
-    """The parts of N17 per datum of one chain, and the Monte Carlo standard error of their sum.
+) -> tuple[ELBOParts, Float[np.ndarray, "S N"]]:
+    """The parts of N17 per datum of one chain, and the estimates of their sum that each draw gives, (S, N).
 
     K = E log p(x_0 given x_1) − Σ_{t≥2} E KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t)) − KL(q(x_T given x_0) ‖ p(x_T)):
     the KLs in closed form, the expectations over x_t from `num_draws` draws for each t.
-    x_0 (N, *event_shape) in the chain's own units; nats. Needs `num_draws` of at least 2.
+    x_0 (N, *event_shape) in the chain's own units; nats.
     """
-    blocks = []
-    for n, draws in _in_chunks(
-        x_0, rng_key, lambda x, key: [_parts(d, params, x, k) for k in jax.random.split(key, num_draws)]
-    ):
-        terms = np.stack([np.asarray(terms, np.float64)[:, :n] for _, terms in draws])  # (draws, T, n)
-        totals = terms[:, 0] - terms[:, 1:].sum(1)
-        mcse = totals.std(0, ddof=1) / np.sqrt(num_draws)
-        blocks.append((np.asarray(draws[0][0], np.float64)[:n], terms.mean(0), mcse))
-    prior, mean_terms, mcse = (np.concatenate(parts, axis=-1) for parts in zip(*blocks, strict=True))
-    return ELBOParts(prior, mean_terms[1:].T, mean_terms[0]), mcse
+    priors, means, totals = [], [], []
+    for n, (prior, draws) in _in_chunks(x_0, rng_key, partial(_parts_of_draws, d, params, num_draws)):
+        priors.append(prior[:n])
+        means.append(sum(terms[:, :n] for terms in draws) / num_draws)
+        totals.append(np.stack([(terms[0] - terms[1:].sum(0) - prior)[:n] for terms in draws]))
+    terms = np.concatenate(means, axis=1)
+    return ELBOParts(np.concatenate(priors), terms[1:].T, terms[0]), np.concatenate(totals, axis=1)
+
+
+def _parts_of_draws(
+    d: GaussianDiffusion, params: Params, num_draws: int, x_0: Data, rng_key: Key
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    draws = [_parts(d, params, x_0, key) for key in jax.random.split(rng_key, num_draws)]
+    return np.asarray(draws[0][0], np.float64), [np.asarray(terms, np.float64) for _, terms in draws]
+
+
+def elbo_parts(
+    d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
+) -> tuple[ELBOParts, Float[np.ndarray, " N"]]:
+    """The parts of `elbo_draws`, and the Monte Carlo standard error of their sum per datum (N,), for 2 draws or more."""
+    parts, draws = elbo_draws(d, params, x_0, rng_key=rng_key, num_draws=num_draws)
+    return parts, draws.std(0, ddof=1) / np.sqrt(num_draws)
 
 
 def log_importance_weights(

@@ -61,6 +61,8 @@ class ResidualMLP:
         keys = iter(jax.random.split(rng_key, 2 * self.depth + 2))
         first = eqx.nn.Linear(math.prod(event_shape), self.width, key=next(keys))
         blocks = [eqx.nn.Linear(self.width, self.width, key=next(keys)) for _ in range(self.depth)]
-        shifts = [eqx.nn.Linear(self.num_features + 1, self.width, use_bias=False, key=next(keys)) for _ in range(self.depth)]
+        shifts = [
+            eqx.nn.Linear(self.num_features + 1, self.width, use_bias=False, key=next(keys)) for _ in range(self.depth)
+        ]
         last = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(self.width, num_outputs, key=next(keys)))
         return ResidualMLPModule(first, blocks, shifts, last, self.num_features)

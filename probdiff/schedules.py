@@ -4,8 +4,8 @@ A schedule is called inside a NumPyro program. It declares its parameters, if an
 the chain's `NoiseLevels`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -156,6 +156,19 @@ def cosine(num_timesteps: int, offset: float = 0.008) -> Fixed:
     return Fixed(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], _LARGEST_BETA))
 
 
+def log_snr_linear(num_timesteps: int, first: float = 5.0, last: float = -2.0) -> Fixed:
+    """log-SNR_t linear in t from `first` at t = 1 to `last` at t = T.
+
+    Raises `ValueError` where T < 1 or the log-SNR would not fall.
+    """
+    _check_num_timesteps(num_timesteps)
+    if not first > last:
+        raise ValueError(f"first is {first} and last is {last}; the log-SNR must fall")
+    log_snr = np.linspace(first, last, num_timesteps) if num_timesteps > 1 else np.array([last])
+    alpha_bar = np.concatenate([[1.0], 1 / (1 + np.exp(-log_snr))])
+    return Fixed(1 - alpha_bar[1:] / alpha_bar[:-1])
+
+
 @dataclass(frozen=True, eq=False)
 class _Harmonic:
     num_timesteps: int
@@ -182,30 +195,24 @@ def harmonic(num_timesteps: int) -> _Harmonic:
 class LearnedBetas:
     """One free parameter per step: the NumPyro param "beta" of shape (T,), constrained to (0, 1), N4.
 
-    `initial` is a schedule constructor such as `cosine`, or T values in (0, 1); values above 0.999
-    start there. Raises `ValueError` where T < 1 or `initial` does not fit.
+    `initial` is a schedule, such as `cosine(num_timesteps)`, or T values in (0, 1), by default `log_snr_linear`.
+    A schedule's β_t above 0.999 start there. Raises `ValueError` where T < 1 or `initial` does not fit.
     """
 
     num_timesteps: int
-    initial: object = cosine
+    initial: Any = None
 
     def __post_init__(self) -> None:
         _check_num_timesteps(self.num_timesteps)
-        self.initial_beta()
-
-    def initial_beta(self) -> np.ndarray:
-        given = self.initial(self.num_timesteps).beta if isinstance(self.initial, Callable) else self.initial  # type: ignore[arg-type]
-        beta = np.minimum(np.asarray(given, dtype=np.float64), 1.0 if isinstance(self.initial, Callable) else np.inf)  # type: ignore[arg-type]
-        if isinstance(self.initial, Callable):  # type: ignore[arg-type]
-            beta = np.minimum(beta, _LARGEST_BETA)
+        initial = log_snr_linear(self.num_timesteps) if self.initial is None else self.initial
+        beta = np.minimum(initial.beta, _LARGEST_BETA) if hasattr(initial, "beta") else initial
         beta = _checked_beta(beta)
         if len(beta) != self.num_timesteps:
             raise ValueError(f"initial has {len(beta)} values; num_timesteps is {self.num_timesteps}")
-        return np.minimum(beta, _LARGEST_BETA)
+        object.__setattr__(self, "initial", beta)
 
     def __call__(self) -> NoiseLevels:
-        initial = jnp.asarray(self.initial_beta())
-        return from_beta(numpyro.param("beta", initial, constraint=constraints.unit_interval))
+        return from_beta(numpyro.param("beta", jnp.asarray(self.initial), constraint=constraints.unit_interval))
 
 
 @dataclass(frozen=True, eq=False)

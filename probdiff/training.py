@@ -138,7 +138,9 @@ def train(
     }
     first_check, checkpoints = 0, None
     if checkpoint_dir is not None:
-        checkpoints = Checkpoints(Path(checkpoint_dir), _configuration(d, x, settings, rng_key, validation, state), resume)
+        checkpoints = Checkpoints(
+            Path(checkpoint_dir), _configuration(d, x, settings, rng_key, validation, state), resume
+        )
         first_check, progress = checkpoints.restore(progress)
     bar = tqdm(total=settings.num_steps, disable=None if progress_bar else True, unit="step", desc="fit")
     bar.update(min(first_check * settings.check_every, settings.num_steps))
@@ -156,7 +158,9 @@ def train(
             progress["best"] = params
         else:
             elbo = [
-                likelihood.elbo_parts(d, chain(params, c), validation, rng_key=validation_key, num_draws=2)[0].elbo.mean()
+                likelihood.elbo_parts(d, chain(params, c), validation, rng_key=validation_key, num_draws=2)[
+                    0
+                ].elbo.mean()
                 for c in range(settings.num_chains)
             ]
             best = np.fmax.reduce(progress["validation"], axis=1, initial=-np.inf)
@@ -178,7 +182,9 @@ def train(
     steps_taken = int(np.isfinite(progress["losses"][0]).sum())
     checks_made = math.ceil(steps_taken / settings.check_every)
     return Trained(
-        progress["best"], progress["losses"][:, :steps_taken], progress["validation"][:, : checks_made if validation is not None else 0]
+        progress["best"],
+        progress["losses"][:, :steps_taken],
+        progress["validation"][:, : checks_made if validation is not None else 0],
     )
 
 
@@ -288,7 +294,9 @@ class Checkpoints:
                 if _digest(leaves) != held["digest"]["sha256"]:
                     raise ValueError("its digest does not match")
             except Exception as error:  # whatever is wrong with it, an older one may be whole
-                warnings.warn(f"checkpoint {check} in {self._directory} is damaged ({_first_line(error)})", stacklevel=2)
+                warnings.warn(
+                    f"checkpoint {check} in {self._directory} is damaged ({_first_line(error)})", stacklevel=2
+                )
                 self._manager.delete(check)
                 continue
             return check, _fill(template, leaves)

@@ -1,0 +1,254 @@
+"""The command line: `probdiff fit`, `probdiff report` and `probdiff sample`."""
+
+import json
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import pandas as pd
+import typer
+
+from probdiff import datasets, diagnostics, networks, plots, schedules
+from probdiff.chains import GaussianDiffusion
+from probdiff.files import atomic_write
+from probdiff.results import Fit
+from probdiff.results import fit as fit_diffusion
+
+app = typer.Typer(
+    help="Diffusion probabilistic models as NumPyro programs.", rich_markup_mode=None, pretty_exceptions_enable=False,
+    add_completion=False, no_args_is_help=True,
+)  # fmt: skip
+
+_SCHEDULES = {
+    "learned-betas": schedules.LearnedBetas,
+    "learned-snr": schedules.LearnedSNR,
+    "linear": schedules.linear,
+    "cosine": schedules.cosine,
+    "harmonic": schedules.harmonic,
+}
+_EVALUATED = 500  # held-out rows in the DataTree
+_DRAWS = 200
+
+
+@app.command()
+def fit(
+    data: Annotated[str, typer.Argument(help="swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file")] = "swiss-roll",
+    out: Annotated[Path | None, typer.Option(help="run folder [default: runs/DATA]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in the folder stopped")] = False,
+    columns: Annotated[str | None, typer.Option(help="columns of a file to use, separated by commas")] = None,
+    dequantise: Annotated[bool, typer.Option("--dequantise", help="add uniform noise to integer data")] = False,
+    test_fraction: Annotated[float, typer.Option(help="rows of real data that are held out")] = 0.2,
+    noise: Annotated[float, typer.Option(help="noise of the swiss roll")] = 0.5,
+    num_timesteps: Annotated[int, typer.Option(help="T")] = 40,
+    schedule: Annotated[str, typer.Option(help=", ".join(_SCHEDULES))] = "learned-betas",
+    covariance: Annotated[str, typer.Option(help="fixed, diagonal or full")] = "full",
+    width: Annotated[int, typer.Option(help="units of each block of the network")] = 128,
+    depth: Annotated[int, typer.Option(help="blocks of the network")] = 3,
+    num_steps: Annotated[int, typer.Option(help="steps of SVI")] = 20_000,
+    batch_size: Annotated[int | None, typer.Option(help="data to a step [default: 512, or all if fewer]")] = None,
+    learning_rate: Annotated[float, typer.Option(help="of Adam, at the start")] = 2e-3,
+    patience: Annotated[int | None, typer.Option(help="checks without progress on validation data before stopping; 0 for never [default: 10 for real data, 0 else]")] = None,
+    num_chains: Annotated[int, typer.Option(help="independent fits")] = 2,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+) -> None:  # fmt: skip
+    """Fit a diffusion, and leave a run folder with figures, a table and an ArviZ file."""
+    options = {name: value for name, value in locals().items() if name not in ("out", "resume")}
+    run = Run(out or Path("runs") / Path(data).stem, options)
+    d, data_split = run.prepare()
+    run.claim(resume)
+    train, validation = data_split.train, None
+    if run.patience(data_split):
+        inner = datasets.split(train, data_split.features, jax.random.key(seed + 1), 0.15)
+        train, validation = inner.train, inner.test
+    print(
+        f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
+        f"T = {num_timesteps}, {schedule}, {covariance} covariance, {num_chains} chain(s)",
+        flush=True,
+    )
+    start = time.perf_counter()
+    fitted = fit_diffusion(
+        d,
+        train,
+        rng_key=jax.random.key(seed),
+        num_steps=num_steps,
+        batch_size=batch_size,
+        num_chains=num_chains,
+        learning_rate=learning_rate,
+        validation=validation,
+        patience=run.patience(data_split) or None,
+        checkpoint_dir=run.folder / "checkpoints",
+        resume=resume,
+    )
+    fitted.save(run.folder / "fit.npz")
+    run.report(fitted, data_split, fitting=time.perf_counter() - start)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+    """Evaluate a fitted run again: its table, its figures and its ArviZ file."""
+    opened = Run.open(run)
+    d, data_split = opened.prepare()
+    opened.report(opened.load(d), data_split)
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    out: Annotated[Path, typer.Option(help=".npy, .csv or .parquet file to write")],
+    n: Annotated[int, typer.Option("-n", "--num-samples", help="how many")] = 1000,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    chain: Annotated[int | None, typer.Option(help="which of the fits [default: that of least loss]")] = None,
+) -> None:
+    """Draw x_0 from a fitted run by ancestral sampling, in the data's own units."""
+    if out.suffix not in datasets.READERS:
+        raise ValueError(f"--out is {out}; it must end in {', '.join(datasets.READERS)}")
+    opened = Run.open(run)
+    d, data_split = opened.prepare()
+    fitted = opened.load(d)
+    chosen = fitted.best if chain is None else chain
+    draws = fitted.chain(chosen).sample(jax.random.key(seed), n)
+    with atomic_write(out) as file:
+        frame = pd.DataFrame(draws, columns=list(data_split.features))
+        if out.suffix == ".npy":
+            np.save(file, draws)
+        elif out.suffix == ".csv":
+            frame.to_csv(file, index=False)
+        else:
+            frame.to_parquet(file, index=False)
+    print(f"{n:,} draws of chain {chosen} in {out}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the options of the fit in it."""
+
+    folder: Path
+    options: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        try:
+            options = json.loads((folder / "run.json").read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{folder} holds no run") from None
+        except ValueError as error:
+            raise ValueError(f"{folder / 'run.json'} is damaged: {error}") from error
+        return cls(folder, options)
+
+    def claim(self, resume: bool) -> None:
+        """Writes the options to the folder, or compares them with those that are there."""
+        if (self.folder / "run.json").exists():
+            if not resume:
+                raise ValueError(
+                    f"{self.folder} already holds a run: add --resume to go on with it, or --out for another folder"
+                )
+            held = Run.open(self.folder).options
+            for name, value in self.options.items():
+                if held.get(name) != value:
+                    option = "--" + name.replace("_", "-") if name != "data" else "DATA"
+                    raise ValueError(
+                        f"{self.folder} holds a run of another configuration: its {option} is {held.get(name)}, this one's is {value}"
+                    )
+        with atomic_write(self.folder / "run.json") as file:
+            file.write_text(json.dumps(self.options, indent=1))
+
+    def prepare(self) -> tuple[GaussianDiffusion, datasets.Split]:
+        o = self.options
+        if o["schedule"] not in _SCHEDULES:
+            raise ValueError(f"--schedule is {o['schedule']}; it must be one of {', '.join(_SCHEDULES)}")
+        schedule = _SCHEDULES[o["schedule"]](o["num_timesteps"])
+        data_split = datasets.load(
+            o["data"],
+            rng_key=jax.random.key(o["seed"]),
+            noise=o["noise"],
+            columns=[name.strip() for name in o["columns"].split(",")] if o["columns"] else None,
+            dequantised=o["dequantise"],
+            test_fraction=o["test_fraction"],
+        )
+        network = networks.ResidualMLP(o["width"], o["depth"])
+        return GaussianDiffusion((data_split.train.shape[1],), schedule, network, o["covariance"]), data_split
+
+    def patience(self, data_split: datasets.Split) -> int:
+        chosen = self.options["patience"]
+        return (0 if data_split.density else 10) if chosen is None else chosen
+
+    def load(self, d: GaussianDiffusion) -> Fit:
+        path = self.folder / "fit.npz"
+        if not path.exists():
+            raise ValueError(f"{self.folder} holds no finished fit: go on with it by probdiff fit with --resume")
+        return Fit.load(path, d)
+
+    def report(self, fitted: Fit, data_split: datasets.Split, fitting: float | None = None) -> None:
+        """Leaves fit.nc, summary.csv and the figures in the folder, and prints the table."""
+        start = time.perf_counter()
+        test, key = data_split.test, jax.random.key(self.options["seed"] + 2)
+        key_elbo, key_tree = jax.random.split(key)
+        bound = fitted.log_likelihood(test, rng_key=key_elbo, num_draws=20)
+        exact = None if data_split.density is None else np.asarray(data_split.density.log_prob(test), np.float64)
+        dt = fitted.to_datatree(test[:_EVALUATED], rng_key=key_tree, num_draws=_DRAWS, features=data_split.features)
+        compared = diagnostics.marginals(dt)
+        rows = []
+        for c in range(fitted.num_chains):
+            values = np.atleast_2d(bound.values)[c]
+            k = compared.pareto_k[c]
+            one = compared.table[compared.table.chain == c]
+            row: dict[str, Any] = {"chain": c}
+            if exact is not None:
+                row |= {"exact L": exact.mean(), "L se": _se(exact)}
+            row |= {"K": values.mean(), "K se": _se(values), "K bits": values.mean() / np.log(2)}
+            if exact is not None:
+                row |= {"gap L-K": (exact - values).mean(), "gap se": _se(exact - values)}
+            row |= {
+                "k-hat ok": np.mean(k < diagnostics.k_threshold(_DRAWS)),
+                "worst R-hat": one.r_hat.max(),
+                "energy p (smallest)": one.energy_p.min(),
+            }
+            rows.append(row)
+        summary = pd.DataFrame(rows)
+        with atomic_write(self.folder / "summary.csv") as file:
+            summary.to_csv(file, index=False)
+        with atomic_write(self.folder / "fit.nc") as file:
+            dt.to_netcdf(file, engine="h5netcdf")
+        figures = {
+            "samples": plots.samples(dt),
+            "marginals": plots.marginals_over_time(dt),
+            "distances": plots.marginal_distances(compared),
+            "schedule": plots.schedule(dt, np.asarray(fitted.diffusion.schedule().beta)),
+            "elbo_parts": plots.elbo_parts(dt),
+            "loss": plots.loss(dt),
+        }
+        for name, figure in figures.items():
+            with atomic_write(self.folder / f"{name}.png") as file:
+                figure.savefig(file, dpi=120)
+        evaluation = time.perf_counter() - start
+        print(f"\nHeld-out log-likelihood, nats per datum (se: standard error over {len(test):,} data)")
+        print(summary.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+        print(f"\n{compared.verdict}")
+        print(
+            f"Time: {f'{fitting:.0f} s to fit, ' if fitting else ''}{evaluation:.0f} s to evaluate. Run folder: {self.folder}"
+        )
+
+
+def _se(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def main() -> None:
+    """Runs the command; an error is one line on standard error and a non-zero exit."""
+    warnings.showwarning = lambda message, *_: print(f"probdiff: warning: {message}", file=sys.stderr)  # type: ignore[assignment]
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except typer.TyperException as error:
+        print(f"probdiff: {getattr(error, 'format_message', error.__str__)()}", file=sys.stderr)
+        code = getattr(error, "exit_code", 2)
+    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+        print(f"probdiff: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 1
+    sys.exit(code)

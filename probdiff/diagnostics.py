@@ -1,0 +1,287 @@
+"""A fit for ArviZ, and how well the reverse chain's marginals p(x_t) match the forward chain's q(x_t)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
+from numpyro import handlers
+from numpyro.infer import Predictive
+from scipy.spatial.distance import cdist
+
+from probdiff import likelihood
+from probdiff.chains import GaussianDiffusion
+from probdiff.schedules import NoiseLevels
+from probdiff.types import Data, Key, Params
+
+_ROWS = 2048  # paths to one compiled call
+_LEVEL = 0.01  # of the bands and of the verdict
+
+
+class Fitted(Protocol):
+    """What the diagnostics read of a fit; `results.Fit` is one."""
+
+    @property
+    def diffusion(self) -> GaussianDiffusion: ...
+    @property
+    def stacked_params(self) -> Params: ...
+    @property
+    def stacked_losses(self) -> np.ndarray: ...
+    @property
+    def num_chains(self) -> int: ...
+    @property
+    def noise_levels(self) -> NoiseLevels: ...
+    @property
+    def loc(self) -> np.ndarray: ...
+    @property
+    def scale(self) -> np.ndarray: ...
+    def standardise(self, x: ArrayLike, name: str = "x") -> np.ndarray: ...
+
+
+def times_shown(num_timesteps: int, most: int = 51) -> list[int]:
+    """0…T, or `most` of them evenly spaced, both ends among them."""
+    return np.unique(np.linspace(0, num_timesteps, min(most, num_timesteps + 1)).round().astype(int)).tolist()
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _reverse_block(d: GaussianDiffusion, params: Params, rng_key: Key, n: int, times: tuple[int, ...]) -> Array:
+    draws = Predictive(d.reverse, params=params, num_samples=n, parallel=True)(rng_key, stacked=True)
+    path = jnp.concatenate([draws["x"], draws["x_0"][:, None]], axis=1)  # t = T…0
+    return path[:, jnp.asarray([d.num_timesteps - t for t in times])]
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _forward_block(d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key, times: tuple[int, ...]) -> Array:
+    program = handlers.substitute(handlers.seed(d.forward, rng_key), data=params)
+    path = handlers.trace(program).get_trace(x_0, stacked=True)["x"]["value"]  # t = 1…T
+    return jnp.moveaxis(jnp.concatenate([x_0[None], path])[jnp.asarray(times)], 0, 1)
+
+
+def reverse_draws(d: GaussianDiffusion, params: Params, rng_key: Key, n: int, times: Sequence[int]) -> np.ndarray:
+    """n paths drawn from p (N13) by ancestral sampling, at `times`; (n, len(times), *event_shape), chain units."""
+    rows = min(_ROWS, 1 << (n - 1).bit_length())
+    keys = jax.random.split(rng_key, -(-n // rows))
+    return np.concatenate([_reverse_block(d, params, key, rows, tuple(times)) for key in keys])[:n]
+
+
+def forward_draws(d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key, times: Sequence[int]) -> np.ndarray:
+    """One path drawn from q (N5) for each row of x_0, at `times`; (N, len(times), *event_shape), chain units."""
+    return np.asarray(_forward_block(d, params, jnp.asarray(x_0), rng_key, tuple(times)))
+
+
+def to_datatree(
+    fit: Fitted, x: ArrayLike, *, rng_key: Key, num_draws: int = 500, features: Sequence[str] | None = None
+) -> xr.DataTree:
+    """A fit and what it says of x (N, *event_shape) as a `DataTree`; chain = independent fit, nats.
+
+    | group | variable | dims | what |
+    |---|---|---|---|
+    | posterior | x | chain, draw, t, feature | draws of x_t from p, in the chain's own units |
+    | posterior_predictive | x_0 | chain, draw, feature | the same at t = 0, in the data's units |
+    | forward | x | chain, draw, t, feature | draws of x_t from q for rows of x, in the chain's own units |
+    | pit | x | chain, draw, t, feature | the rank of each forward draw among ten times as many reverse draws, in [0, 1] |
+    | observed_data | x_0 | datum, feature | x |
+    | log_likelihood | x_0 | chain, draw, datum | the lower bound K; draws are spread as its Monte Carlo error |
+    | importance | log_weight | chain, draw, datum | log w of N14, one path each |
+    | fit | loss; beta, log_snr, elbo_part; prior_kl | chain, step; chain, t; chain | losses, schedule, and K = Σ_t elbo_part − prior_kl |
+
+    A fit is a point estimate, so the mean over draws of `log_likelihood` is the bound itself: each draw is the mean plus
+    1/√num_draws of one Monte Carlo estimate's deviation from it. `elbo_part` at t = 1 is the reconstruction.
+    """
+    d, C = fit.diffusion, fit.num_chains
+    x_0 = fit.standardise(x)
+    if len(x_0) == 0 or num_draws < 4:
+        raise ValueError(f"x has {len(x_0)} rows and num_draws is {num_draws}; at least 1 and 4 are needed")
+    size, log_det = x_0[0].size, float(np.log(fit.scale).sum())
+    names = [str(i) for i in range(size)] if features is None else list(features)
+    if len(names) != size:
+        raise ValueError(f"features has {len(names)} names; the data have {size} features")
+    times = times_shown(d.num_timesteps)
+    posterior, forward, pit, log_lik, weights, parts, prior = ([] for _ in range(7))
+    for c in range(C):
+        params = jax.tree.map(lambda leaf, c=c: leaf[c], fit.stacked_params)
+        key_rows, key_q, key_p, key_pit, key_elbo, key_weight = jax.random.split(jax.random.fold_in(rng_key, c), 6)
+        rows = np.concatenate(
+            [jax.random.permutation(key, len(x_0)) for key in jax.random.split(key_rows, -(-num_draws // len(x_0)))]
+        )[:num_draws]
+        q = forward_draws(d, params, x_0[rows], key_q, times).reshape(num_draws, len(times), size)
+        p = reverse_draws(d, params, key_p, num_draws, times).reshape(num_draws, len(times), size)
+        reference = reverse_draws(d, params, key_pit, 10 * num_draws, times).reshape(10 * num_draws, len(times), size)
+        forward.append(q)
+        posterior.append(p)
+        pit.append(_ranks(q, reference))
+        draws, mean_parts, prior_kl = _elbo_draws(d, params, x_0, key_elbo, num_draws)
+        log_lik.append(draws - log_det)
+        mean_parts[0] -= log_det
+        parts.append(mean_parts)
+        prior.append(prior_kl)
+        weights.append(
+            likelihood.log_importance_weights(d, params, x_0, rng_key=key_weight, num_draws=num_draws) - log_det
+        )
+    noise = fit.noise_levels
+    paths = {"dims": {"x": ["t", "feature"]}, "coords": {"t": times, "feature": names}}
+    x_0_drawn = fit.loc.ravel() + fit.scale.ravel() * np.stack(posterior)[:, :, 0]
+    observed = np.asarray(x, np.float64).reshape(len(x_0), size)
+    steps = np.arange(1, d.num_timesteps + 1)
+    per_t = {name: ["t"] for name in ("beta", "log_snr", "elbo_part")}
+    fitted = {
+        "loss": fit.stacked_losses,
+        "beta": noise.beta,
+        "log_snr": jax.vmap(lambda levels: levels.log_snr)(noise),
+        "elbo_part": np.stack(parts),
+        "prior_kl": np.asarray(prior),
+    }
+    groups = {
+        "posterior": az.dict_to_dataset({"x": np.stack(posterior)}, **paths),
+        "posterior_predictive": az.dict_to_dataset(
+            {"x_0": x_0_drawn}, dims={"x_0": ["feature"]}, coords={"feature": names}
+        ),
+        "forward": az.dict_to_dataset({"x": np.stack(forward)}, **paths),
+        "pit": az.dict_to_dataset({"x": np.stack(pit)}, **paths),
+        "observed_data": az.dict_to_dataset(
+            {"x_0": observed}, dims={"x_0": ["datum", "feature"]}, coords={"feature": names}, sample_dims=[]
+        ),
+        "log_likelihood": az.dict_to_dataset({"x_0": np.stack(log_lik)}, dims={"x_0": ["datum"]}),
+        "importance": az.dict_to_dataset({"log_weight": np.stack(weights)}, dims={"log_weight": ["datum"]}),
+        "fit": az.dict_to_dataset(
+            {name: np.asarray(values) for name, values in fitted.items()},
+            dims={"loss": ["step"], **per_t},
+            coords={"t": steps},
+            sample_dims=["chain"],
+        ),
+    }
+    return xr.DataTree.from_dict({name: xr.DataTree(dataset) for name, dataset in groups.items()})
+
+
+def _ranks(q: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    ranks = np.empty(q.shape)
+    for index in np.ndindex(q.shape[1:]):
+        ranks[(slice(None), *index)] = np.searchsorted(
+            np.sort(reference[(slice(None), *index)]), q[(slice(None), *index)]
+        )
+    return (ranks + 0.5) / (len(reference) + 1)
+
+
+def _elbo_draws(
+    d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key, num_draws: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """K per datum, (num_draws, N), shrunk to the spread of its mean; its terms for t = 1…T, (T,), and the prior KL."""
+    parts, draws = likelihood.elbo_draws(d, params, x_0, rng_key=rng_key, num_draws=num_draws)
+    mean = draws.mean(0)
+    terms = np.concatenate([[parts.reconstruction.mean()], -parts.steps.mean(0)])
+    return mean + (draws - mean) / np.sqrt(num_draws), terms, float(parts.prior.mean())
+
+
+def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
+    """Pareto k̂ of the importance weights of each datum, from draws of log w; dims chain, datum.
+
+    Below min(1 − 1/log₁₀ S, 0.7) an importance-weighted estimate from these S draws can be trusted (Vehtari et al. 2024).
+    """
+    spread = log_weight.max("draw") - log_weight.min("draw")
+    equal = spread < 1e-6  # equal weights have no tail to fit
+    wiggle = xr.DataArray(np.linspace(0, 1e-3, log_weight.sizes["draw"]), dims="draw")
+    _, k = (-log_weight.where(~equal, wiggle)).azstats.psislw(dim=["draw"])
+    return k.where(~equal, -np.inf)
+
+
+def k_threshold(num_draws: int) -> float:
+    return min(1 - 1 / np.log10(num_draws), 0.7)
+
+
+@dataclass(frozen=True)
+class Marginals:
+    """How the reverse marginals p(x_t) compare with the forward q(x_t).
+
+    `table`: one row per chain, t and feature: the Wasserstein distance in the chain's units and the largest gap between the
+    two distribution functions (Kolmogorov–Smirnov), each with the band that sampling noise alone stays under in 99 % of
+    permutations; the energy distance of all features jointly at this t, with its band and p-value; and R̂
+    of the reverse draws across chains (NaN for one chain). `p_value` is that of the largest energy distance over all t, in
+    units of its noise, and over chains (Bonferroni). `pareto_k` (C, N) is of the importance weights.
+    """
+
+    table: pd.DataFrame
+    p_value: float
+    pareto_k: np.ndarray
+    num_draws: int
+
+    @property
+    def verdict(self) -> str:
+        at = f"{self.num_draws:,} draws each, permutation test over all t"
+        if self.p_value > _LEVEL:
+            return f"The reverse marginals match the forward ones within sampling noise: p = {self.p_value:.2g} ({at})."
+        worst = self.table.loc[(self.table.energy / self.table.energy_band).idxmax()]
+        return (
+            f"The reverse marginals differ from the forward ones: p = {self.p_value:.2g} ({at}); most at t = {worst.t:.0f} of "
+            f"chain {worst.chain:.0f}, energy distance {worst.energy:.2g} where noise alone stays under {worst.energy_band:.2g}."
+        )
+
+
+def marginals(dt: xr.DataTree, *, seed: int = 0, num_permutations: int = 399) -> Marginals:
+    """Compares the reverse draws with the forward draws of a `to_datatree`, t by t and jointly; see `Marginals`.
+
+    Whole paths are permuted between p and q, so the dependence between times is kept. The forward draws should be one
+    for each datum: give `to_datatree` at least as many held-out rows as draws.
+    """
+    posterior, forward = dt["posterior"]["x"], dt["forward"]["x"]
+    C, n = posterior.sizes["chain"], posterior.sizes["draw"]
+    times, features = posterior["t"].to_numpy(), posterior["feature"].to_numpy()
+    rng = np.random.default_rng(seed)
+    signs = np.concatenate([np.ones(n), -np.ones(n)])
+    labels = np.stack([signs, *(rng.permutation(signs) for _ in range(num_permutations))]).astype(np.float32) / n
+    rhat = az.rhat(dt, var_names=["x"])["x"].to_numpy() if C > 1 else np.full((len(times), len(features)), np.nan)
+    frames, p_values = [], []
+    for c in range(C):
+        both = np.concatenate([posterior[c].to_numpy(), forward[c].to_numpy()]).astype(
+            np.float32
+        )  # (2n, times, features)
+        energies = np.stack([_energy(both[:, i], labels) for i in range(len(times))])  # (times, 1 + permutations)
+        largest = ((energies - energies[:, 1:].mean(1, keepdims=True)) / energies[:, 1:].std(1, keepdims=True)).max(0)
+        p_values.append(_p_value(largest))
+        for i, t in enumerate(times):
+            for j, feature in enumerate(features):
+                wasserstein, gap = _one_dimensional(both[:, i, j], labels)
+                frames.append(
+                    {
+                        "chain": c,
+                        "t": t,
+                        "feature": feature,
+                        "wasserstein": wasserstein[0],
+                        "wasserstein_band": np.quantile(wasserstein[1:], 1 - _LEVEL),
+                        "ks": gap[0],
+                        "ks_band": np.quantile(gap[1:], 1 - _LEVEL),
+                        "energy": energies[i, 0],
+                        "energy_band": np.quantile(energies[i, 1:], 1 - _LEVEL),
+                        "energy_p": _p_value(energies[i]),
+                        "r_hat": rhat[i, j],
+                    }
+                )
+    k = pareto_k(dt["importance"]["log_weight"]).to_numpy()
+    return Marginals(pd.DataFrame(frames), min(1.0, C * min(p_values)), k, n)
+
+
+def _p_value(statistics: np.ndarray) -> float:
+    """Of the first of the statistics among the others."""
+    return float((1 + np.sum(statistics[1:] >= statistics[0])) / len(statistics))
+
+
+def _energy(x: Float[np.ndarray, "2n D"], labels: Float[np.ndarray, "P 2n"]) -> Float[np.ndarray, " P"]:
+    """2 E|X−Y| − E|X−X'| − E|Y−Y'| for each labelling of the rows (Székely and Rizzo 2013)."""
+    distances = cdist(x, x).astype(np.float32)
+    return -np.einsum("pn,np->p", labels, distances @ labels.T)
+
+
+def _one_dimensional(
+    x: Float[np.ndarray, " 2n"], labels: Float[np.ndarray, "P 2n"]
+) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, " P"]]:
+    """∫|F_p − F_q| and max|F_p − F_q| for each labelling: the Wasserstein distance and the Kolmogorov–Smirnov statistic."""
+    order = np.argsort(x)
+    difference = np.abs(np.cumsum(labels[:, order], axis=1))
+    return difference[:, :-1] @ np.diff(x[order]), difference.max(1)

@@ -1,0 +1,179 @@
+"""Figures of a fit, read from its `DataTree`; each function returns a matplotlib `Figure`."""
+
+import math
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from probdiff.diagnostics import Marginals
+
+_FORWARD, _REVERSE = "tab:blue", "tab:orange"
+
+
+def samples(dt: xr.DataTree, *, most: int = 2000) -> Figure:
+    """The data beside draws of x_0 from p, in the data's own units.
+
+    Two features are a scatter, one a histogram, pixels (features named pixel_…) images, and more features
+    the two leading principal components of the data.
+    """
+    data = dt["observed_data"]["x_0"].to_numpy()
+    drawn = dt["posterior_predictive"]["x_0"].stack(all=("chain", "draw")).transpose("all", "feature").to_numpy()
+    names = [str(name) for name in dt["observed_data"]["feature"].to_numpy()]
+    if all(name.startswith("pixel") for name in names) and math.isqrt(len(names)) ** 2 == len(names):
+        return _images(data, drawn)
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, values, title, colour in (
+        (left, data[:most], "data", _FORWARD),
+        (right, drawn[:: max(1, len(drawn) // most)], "draws of x⁽⁰⁾ from p", _REVERSE),
+    ):
+        if len(names) == 1:
+            axes.hist(values[:, 0], bins=60, density=True, color=colour)
+            axes.set(xlabel=names[0], ylabel="density")
+        else:
+            plane = values if len(names) == 2 else _principal(values, data)
+            axes.scatter(*plane.T, s=4, alpha=0.5, color=colour, linewidths=0)
+            first, second = names if len(names) == 2 else ("principal component 1 (sd)", "principal component 2 (sd)")
+            axes.set(xlabel=first, ylabel=second)
+        axes.set_title(f"{title} ({len(values):,})")
+    return figure
+
+
+def _principal(x: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """x on the two leading principal components of the standardised data, each in its standard deviations."""
+    scaled = (data - data.mean(0)) / data.std(0)
+    _, singular, axes = np.linalg.svd(scaled, full_matrices=False)
+    return (x - data.mean(0)) / data.std(0) @ axes[:2].T / singular[:2] * math.sqrt(len(data))
+
+
+def _images(data: np.ndarray, drawn: np.ndarray) -> Figure:
+    side, rows, columns = math.isqrt(data.shape[1]), 5, 10
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    spread = np.linspace(0, len(drawn) - 1, rows * columns).astype(int)
+    for axes, values, title in ((left, data[: rows * columns], "data"), (right, drawn[spread], "draws of x⁽⁰⁾ from p")):
+        tiles = np.full((rows * columns, side + 1, side + 1), np.nan)
+        tiles[: len(values), :side, :side] = values.reshape(-1, side, side)
+        axes.imshow(
+            tiles.reshape(rows, columns, side + 1, side + 1).swapaxes(1, 2).reshape(rows * (side + 1), -1),
+            cmap="gray_r",
+            vmin=data.min(),
+            vmax=data.max(),
+        )
+        axes.set(title=title, xticks=[], yticks=[])
+    return figure
+
+
+def marginals_over_time(dt: xr.DataTree, *, num_times: int = 6, most: int = 1000) -> Figure:
+    """Forward draws of x_t above reverse draws at a row of times, in the chain's own units (chain 0)."""
+    posterior, forward = dt["posterior"]["x"], dt["forward"]["x"]
+    times = forward["t"].to_numpy()[
+        np.linspace(0, forward.sizes["t"] - 1, min(num_times, forward.sizes["t"])).astype(int)
+    ]
+    size = forward.sizes["feature"]
+    data = forward.sel(chain=0, t=0).to_numpy()
+    figure = Figure(figsize=(2.1 * len(times), 4.6), layout="constrained")
+    grid = figure.subplots(2, len(times), sharex=True, sharey=True, squeeze=False)
+    for row, (draws, colour) in enumerate(((forward, _FORWARD), (posterior, _REVERSE))):
+        for column, t in enumerate(times):
+            axes, values = grid[row, column], draws.sel(chain=0, t=t).to_numpy()[:most]
+            if size == 1:
+                axes.hist(values[:, 0], bins=40, range=(-4, 4), density=True, color=colour)
+            else:
+                axes.scatter(
+                    *(values if size == 2 else _principal(values, data)).T, s=3, alpha=0.5, color=colour, linewidths=0
+                )
+                axes.set(xlim=(-4, 4), ylim=(-4, 4))
+            if row == 0:
+                axes.set_title(f"t = {t}")
+    unit = "x⁽ᵗ⁾, chain's units" if size <= 2 else "principal components of x⁽ᵗ⁾ (sd)"
+    grid[0, 0].set_ylabel("forward q")
+    grid[1, 0].set_ylabel("reverse p")
+    figure.supxlabel(unit)
+    return figure
+
+
+def marginal_distances(report: Marginals) -> Figure:
+    """Wasserstein distance per feature and energy distance over t, against what sampling noise alone gives, and k̂."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    table = report.table
+    for _, one in table.groupby(["chain", "feature"]):
+        left.plot(one.t, one.wasserstein / one.wasserstein_band, color=_REVERSE, alpha=0.6, lw=1)
+    left.plot([], [], color=_REVERSE, label="each chain and feature")
+    left.axhline(1, color="gray", ls="--", label="99 % band of sampling noise")
+    left.set(xlabel="t", ylabel="Wasserstein distance / its band", title="feature by feature", ylim=(0, None))
+    for c, one in table.groupby("chain"):
+        first = one[one.feature == one.feature.iloc[0]]
+        middle.plot(first.t, first.energy, color=_REVERSE, alpha=0.8, label="p against q" if c == 0 else None)
+        middle.plot(
+            first.t, first.energy_band, color="gray", ls="--", label="99 % band of sampling noise" if c == 0 else None
+        )
+    middle.set(
+        xlabel="t", ylabel="energy distance (chain's units)", title=f"jointly: p = {report.p_value:.2g}", ylim=(0, None)
+    )
+    for k in report.pareto_k:
+        right.hist(k[np.isfinite(k)], bins=40, alpha=0.6, color=_REVERSE)
+    right.axvline(0.7, color="gray", ls="--", label="0.7: not to be trusted beyond")
+    right.set(xlabel="Pareto k̂ of the importance weights", ylabel="data", title="importance weights, N14")
+    for axes in (left, middle, right):
+        axes.legend(fontsize="small")
+    return figure
+
+
+def schedule(dt: xr.DataTree, initial_beta: Float[np.ndarray, " T"] | None = None) -> Figure:
+    """β_t and the log-SNR of each chain, and those that learning began from."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    t = dt["fit"]["t"].to_numpy()
+    marker = "." if len(t) <= 60 else ""
+    for c in range(dt["fit"].sizes["chain"]):
+        label = "after learning" if c == 0 else None
+        left.plot(t, dt["fit"]["beta"][c], marker=marker, color=_REVERSE, alpha=0.7, label=label)
+        right.plot(t, dt["fit"]["log_snr"][c], marker=marker, color=_REVERSE, alpha=0.7, label=label)
+    if initial_beta is not None:
+        log_alpha_bar = np.cumsum(np.log1p(-np.minimum(initial_beta, 1 - 1e-7)))
+        left.plot(t, initial_beta, color="gray", ls="--", label="before")
+        right.plot(t, log_alpha_bar - np.log(-np.expm1(log_alpha_bar)), color="gray", ls="--", label="before")
+    left.set(xlabel="t", ylabel="β_t", yscale="log")
+    right.set(xlabel="t", ylabel="log-SNR of x⁽ᵗ⁾ (nats)")
+    left.legend()
+    right.legend()
+    return figure
+
+
+def elbo_parts(dt: xr.DataTree) -> Figure:
+    """What each t costs: KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t)), with the two end terms in the legend."""
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    group = dt["fit"]
+    t = group["t"].to_numpy()
+    for c in range(group.sizes["chain"]):
+        parts = group["elbo_part"][c].to_numpy()
+        label = f"chain {c}: log p(x⁽⁰⁾|x⁽¹⁾) = {parts[0]:.3f}, prior KL = {float(group['prior_kl'][c]):.3f}"
+        axes.plot(t[1:], -parts[1:], marker="." if len(t) <= 60 else "", alpha=0.8, label=label)
+    axes.set(xlabel="t", ylabel="E KL at t (nats per datum)", ylim=(0, None))
+    axes.legend(fontsize="small")
+    return figure
+
+
+def loss(dt: xr.DataTree) -> Figure:
+    """The negative ELBO per datum of the batches, averaged over windows of a hundredth of the run."""
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    losses = dt["fit"]["loss"].to_numpy()
+    window = max(1, losses.shape[1] // 100)
+    count = losses.shape[1] // window
+    means = losses[:, : count * window].reshape(len(losses), count, window).mean(-1)
+    for c, line in enumerate(means):
+        axes.plot(np.arange(1, count + 1) * window, line, label=f"chain {c}", alpha=0.8)
+    low, high = means.min(), np.quantile(means, 0.97)
+    axes.set(
+        xlabel="step",
+        ylabel="negative ELBO (nats per datum)",
+        ylim=(low - 0.05 * (high - low), high + 0.1 * (high - low)),
+    )
+    axes.legend()
+    return figure
