@@ -91,7 +91,7 @@ class GaussianDiffusion:
             x_t = x_0
             for t in range(1, T + 1):
                 step = q.step(x_t, noise, t)
-                x_t = numpyro.sample(f"x_{t}", step if T == 1 else ForwardStep(step, 0))
+                x_t = numpyro.sample(f"x_{t}", step if T == 1 else ForwardStep(step))
 
     def forward_posterior(self, x_0: Event, *, stacked: bool = False, subsample_size: int | None = None) -> None:
         """The same q as q(x_T given x_0) ∏ q(x_{t−1} given x_t, x_0): sites x_T, …, x_1."""
@@ -233,6 +233,12 @@ class ForwardStep(dist.Independent):
 
     `TraceMeanField_ELBO` would take it for one with no more than a warning, so it is refused here.
     """
+
+    def __init__(self, step: dist.Distribution, *, validate_args: bool | None = None) -> None:
+        super().__init__(step, 0, validate_args=validate_args)
+
+    def expand(self, batch_shape: tuple[int, ...]) -> "ForwardStep":
+        return ForwardStep(self.base_dist.expand(batch_shape))
 
 
 def _refuse_forward_order(q: ForwardStep, p: dist.Distribution) -> Array:

@@ -158,6 +158,7 @@ def to_datatree(
             sample_dims=["chain"],
         ),
     }
+    del groups["fit"].attrs["sample_dims"]  # netCDF would give a list of one back as a string
     return xr.DataTree.from_dict({name: xr.DataTree(dataset) for name, dataset in groups.items()})
 
 
