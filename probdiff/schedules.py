@@ -129,7 +129,8 @@ def _constant_levels(beta: np.ndarray) -> NoiseLevels:
     with np.errstate(divide="ignore"):  # the harmonic schedule ends at β_T = 1
         log_alpha = np.log1p(-beta)
     log_alpha_bar = np.concatenate([[0.0], np.cumsum(log_alpha)])
-    return NoiseLevels(jnp.asarray(beta), jnp.asarray(log_alpha), jnp.asarray(log_alpha_bar))
+    dtype = jnp.result_type(float)
+    return NoiseLevels(jnp.asarray(beta, dtype), jnp.asarray(log_alpha, dtype), jnp.asarray(log_alpha_bar, dtype))
 
 
 def linear(num_timesteps: int, first: float = 1e-4, last: float = 0.02) -> Fixed:
