@@ -205,7 +205,7 @@ class Fit:
     def load(cls, path: str | Path, d: GaussianDiffusion) -> Self:
         """Reads what `save` wrote for the diffusion `d`. Raises `ValueError` where the file is of another or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as held:
+            with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as held:
                 arrays = dict(held)
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist") from None

@@ -55,11 +55,11 @@ def test_first_loss_is_that_of_svi(whole):
     d = mlp_diffusion()
     svi = training.make_svi(d, SETTINGS)
     init_key, batch_key, _ = jax.random.split(KEY, 3)
-    state = svi.init(jax.random.split(init_key, 2)[0], X[:16])
+    state, update = svi.init(jax.random.split(init_key, 2)[0], X[:16]), jax.jit(svi.update)
     key = jax.random.split(batch_key, 2)[0]
     for i in range(3):
         rows = jax.random.randint(jax.random.fold_in(key, i), (16,), 0, 64)
-        state, loss = svi.update(state, X[rows])
+        state, loss = update(state, X[rows])
         assert float(loss) == pytest.approx(float(whole.losses[0, i]), rel=1e-5)
 
 

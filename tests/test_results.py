@@ -1,0 +1,194 @@
+import resource
+import signal
+
+import jax
+import numpy as np
+import pytest
+from conftest import mlp_diffusion
+
+import probdiff
+from probdiff import Fit, datasets, networks, schedules
+
+KEY = jax.random.key(0)
+LOC, SCALE = np.array([100.0, -3.0]), np.array([20.0, 0.01])
+
+
+@pytest.fixture(scope="module")
+def x():
+    return np.asarray(datasets.eight_gaussians().sample(KEY, 2000), np.float64)
+
+
+def small(d=None, **options):
+    options = {"num_steps": 300, "batch_size": 64, "check_every": 300, "progress_bar": False, **options}
+    return lambda x: probdiff.fit(d or mlp_diffusion(), x, rng_key=KEY, **options)
+
+
+@pytest.fixture(scope="module")
+def fitted(x):
+    return small(num_chains=2)(x)
+
+
+@pytest.fixture(scope="module")
+def single(x):
+    return small()(x)
+
+
+def test_shapes_of_one_chain_and_of_several(fitted, single, x):
+    assert single.beta.shape == single.log_snr.shape == single.params["beta"].shape == (5,)
+    assert single.losses.shape == (300,)
+    assert single.sample(KEY, 7).shape == (7, 2)
+    assert fitted.beta.shape == fitted.params["beta"].shape == (2, 5)
+    assert fitted.losses.shape == (2, 300)
+    assert fitted.sample(KEY, 7).shape == (2, 7, 2)
+    parts = fitted.elbo_parts(x[:9], rng_key=KEY)
+    assert parts.prior.shape == parts.reconstruction.shape == (2, 9)
+    assert parts.steps.shape == (2, 9, 4)
+    result = fitted.log_likelihood(x[:9], rng_key=KEY)
+    assert result.values.shape == (2, 9)
+    assert result.mean.shape == result.mcse.shape == result.standard_error.shape == (2,)
+    assert result.kind == "lower bound"
+    np.testing.assert_allclose(result.values, parts.elbo)
+    one = fitted.chain(1)
+    np.testing.assert_array_equal(one.beta, fitted.beta[1])
+    assert single.log_likelihood(x[:9], rng_key=KEY).values.shape == (9,)
+
+
+def test_everything_is_in_the_units_of_the_data(single, x):
+    """The same data in other units: densities change by the log-determinant, draws by the affine map."""
+    other = small()(LOC + SCALE * x)
+    log_det = np.log(SCALE).sum()
+    np.testing.assert_allclose(other.losses, single.losses + log_det, atol=2e-2)
+    there = other.log_likelihood(LOC + SCALE * x[:50], rng_key=KEY)
+    here = single.log_likelihood(x[:50], rng_key=KEY)
+    np.testing.assert_allclose(there.values, here.values - log_det, atol=2e-2)
+    parts = other.elbo_parts(LOC + SCALE * x[:50], rng_key=KEY)
+    np.testing.assert_allclose(parts.elbo, there.values, atol=1e-9)
+    np.testing.assert_allclose((other.sample(KEY, 20) - LOC) / SCALE, single.sample(KEY, 20), atol=2e-2)
+
+
+def test_losses_and_held_out_bound_speak_of_the_same_number(x):
+    """Both are K of nearly the same params once the learning rate is near zero, on the same data."""
+    d = probdiff.GaussianDiffusion((2,), schedules.LearnedBetas(5), networks.ResidualMLP(16, 2), "full")
+    fitted = small(d, num_steps=2000, batch_size=500, check_every=2000)(x)
+    bound = fitted.log_likelihood(x, rng_key=KEY, num_draws=20)
+    tail = fitted.losses[-200:]
+    assert abs(tail.mean() + bound.mean) < 4 * np.hypot(tail.std() / np.sqrt(200), bound.mcse) + 0.01
+
+
+def test_the_mean_bound_is_no_greater_than_the_exact_value():
+    mixture = datasets.eight_gaussians()
+    train, test = np.asarray(mixture.sample(KEY, 4000)), np.asarray(mixture.sample(jax.random.key(1), 4000))
+    bound = small(num_steps=1000)(train).log_likelihood(test, rng_key=KEY)
+    assert bound.mean < np.asarray(mixture.log_prob(test)).mean() + 4 * bound.mcse
+
+
+def test_equal_keys_give_equal_fits_and_old_style_keys_do(x, single):
+    again = probdiff.fit(
+        mlp_diffusion(),
+        x,
+        rng_key=jax.random.PRNGKey(0),
+        num_steps=300,
+        batch_size=64,
+        check_every=300,
+        progress_bar=False,
+    )
+    np.testing.assert_array_equal(again.losses, single.losses)
+
+
+@pytest.mark.parametrize("schedule", [schedules.LearnedSNR(6), schedules.harmonic(6), schedules.cosine(1)])
+@pytest.mark.parametrize("covariance", ["fixed", "diagonal", "full"])
+def test_every_schedule_and_covariance_can_be_fitted(x, schedule, covariance):
+    d = mlp_diffusion(covariance, schedule)
+    fitted = small(d, num_steps=50, check_every=50)(x)
+    assert np.all(np.isfinite(fitted.losses))
+    assert fitted.beta.shape == (schedule.num_timesteps,)
+    assert np.all(np.isfinite(fitted.sample(KEY, 5)))
+
+
+def test_saved_fit_is_read_back_the_same(fitted, x, tmp_path):
+    fitted.save(tmp_path / "fit.npz")
+    read = Fit.load(tmp_path / "fit.npz", fitted.diffusion)
+    for a, b in zip(jax.tree.leaves(fitted.params), jax.tree.leaves(read.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(read.sample(KEY, 5), fitted.sample(KEY, 5))
+    with pytest.raises(ValueError, match="another diffusion"):
+        Fit.load(tmp_path / "fit.npz", mlp_diffusion(width=9))
+    with pytest.raises(ValueError, match="another diffusion"):
+        Fit.load(tmp_path / "fit.npz", mlp_diffusion(schedule=schedules.cosine(5)))
+    with pytest.raises(ValueError, match="does not exist"):
+        Fit.load(tmp_path / "none.npz", fitted.diffusion)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "fit.npz").read_bytes()[:500])
+    with pytest.raises(ValueError, match="could not be read as a fit"):
+        Fit.load(tmp_path / "cut.npz", fitted.diffusion)
+
+
+def test_a_full_disk_leaves_the_earlier_file_whole(fitted, tmp_path):
+    """A limit on the size of files stands for a full disk: the write fails half way."""
+    path = tmp_path / "fit.npz"
+    fitted.save(path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            fitted.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def bad(x, row, column, value):
+    x = x.copy()
+    x[row, column] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            lambda x: bad(x, 17, 1, np.nan),
+            ValueError,
+            r"x has 1 entries that are NaN or infinite, in row\(s\) 17 and column\(s\) 1",
+        ),
+        (lambda x: bad(x, 3, 0, np.inf), ValueError, r"row\(s\) 3 and column\(s\) 0"),
+        (lambda x: np.hstack([x, x]), ValueError, r"x has shape \(2000, 4\); this diffusion wants \(N, 2\)"),
+        (lambda x: x[:, 0], ValueError, r"x has shape \(2000,\)"),
+        (lambda x: x.round().astype(int), TypeError, "x has dtype int64.*dequantise"),
+        (lambda x: x[:0], ValueError, r"x has 0 row\(s\)"),
+        (lambda x: x[:1], ValueError, r"x has 1 row\(s\); it must have at least 2"),
+        (lambda x: x * [1.0, 0.0] + 3, ValueError, r"same value in every row of feature\(s\) 1"),
+        (lambda x: x * [0.0, 1.0], ValueError, r"same value in every row of feature\(s\) 0"),
+        (lambda x: x[:20], ValueError, "batch_size is 64; x has 20 rows"),
+    ],
+)
+def test_bad_data_are_refused(x, change, error, words):
+    with pytest.raises(error, match=words):
+        small()(change(x))
+
+
+def test_bad_arguments_are_refused(x, single):
+    d = mlp_diffusion()
+    with pytest.raises(TypeError, match="rng_key is 0; it must be one key"):
+        probdiff.fit(d, x, rng_key=0)
+    with pytest.raises(TypeError, match="rng_key"):
+        probdiff.fit(d, x, rng_key=jax.random.split(KEY))
+    with pytest.raises(ValueError, match="patience wants validation data"):
+        small(patience=3)(x)
+    with pytest.raises(ValueError, match="validation has shape"):
+        small(validation=x[:, :1])(x)
+    with pytest.raises(TypeError, match="num_step"):
+        probdiff.fit(d, x, rng_key=KEY, num_step=3)
+    with pytest.raises(ValueError, match="method is 'ode'; there is \"elbo\""):
+        single.log_likelihood(x, rng_key=KEY, method="ode")
+    with pytest.raises(ValueError, match="num_draws is 1"):
+        single.log_likelihood(x, rng_key=KEY, num_draws=1)
+    with pytest.raises(ValueError, match=r"row\(s\) 0"):
+        single.log_likelihood(np.full((1, 2), np.nan), rng_key=KEY)
+    with pytest.raises(ValueError, match="n is 0"):
+        single.sample(KEY, 0)
+    with pytest.raises(ValueError, match="c is 1"):
+        single.chain(1)
