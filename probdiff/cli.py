@@ -60,7 +60,7 @@ def fit(
     options = {name: value for name, value in locals().items() if name not in ("out", "resume")}
     run = Run(out or Path("runs") / Path(data).stem, options)
     d, data_split = run.prepare()
-    run.claim(resume)
+    run.check_free(resume)
     train, validation = data_split.train, None
     if run.patience(data_split):
         inner = datasets.split(train, data_split.features, jax.random.key(seed + 1), 0.15)
@@ -85,6 +85,8 @@ def fit(
         resume=resume,
     )
     fitted.save(run.folder / "fit.npz")
+    with atomic_write(run.folder / "run.json") as file:
+        file.write_text(json.dumps(options, indent=1))
     run.report(fitted, data_split, fitting=time.perf_counter() - start)
 
 
@@ -135,27 +137,27 @@ class Run:
         try:
             options = json.loads((folder / "run.json").read_text())
         except FileNotFoundError:
-            raise ValueError(f"{folder} holds no run") from None
+            raise ValueError(f"{folder} holds no finished run") from None
         except ValueError as error:
             raise ValueError(f"{folder / 'run.json'} is damaged: {error}") from error
         return cls(folder, options)
 
-    def claim(self, resume: bool) -> None:
-        """Writes the options to the folder, or compares them with those that are there."""
-        if (self.folder / "run.json").exists():
-            if not resume:
+    def check_free(self, resume: bool) -> None:
+        """That the folder holds no finished run, or with `resume` one of these options."""
+        if not (self.folder / "run.json").exists():
+            return  # an unfinished run is told apart by its checkpoints
+        if not resume:
+            raise ValueError(
+                f"{self.folder} already holds a run: add --resume to go on with it, or --out for another folder"
+            )
+        held = Run.open(self.folder).options
+        for name, value in self.options.items():
+            if held.get(name) != value:
+                option = "DATA" if name == "data" else "--" + name.replace("_", "-")
                 raise ValueError(
-                    f"{self.folder} already holds a run: add --resume to go on with it, or --out for another folder"
+                    f"{self.folder} holds a run of another configuration: "
+                    f"its {option} is {held.get(name)}, this one's is {value}"
                 )
-            held = Run.open(self.folder).options
-            for name, value in self.options.items():
-                if held.get(name) != value:
-                    option = "--" + name.replace("_", "-") if name != "data" else "DATA"
-                    raise ValueError(
-                        f"{self.folder} holds a run of another configuration: its {option} is {held.get(name)}, this one's is {value}"
-                    )
-        with atomic_write(self.folder / "run.json") as file:
-            file.write_text(json.dumps(self.options, indent=1))
 
     def prepare(self) -> tuple[GaussianDiffusion, datasets.Split]:
         o = self.options
@@ -178,10 +180,7 @@ class Run:
         return (0 if data_split.density else 10) if chosen is None else chosen
 
     def load(self, d: GaussianDiffusion) -> Fit:
-        path = self.folder / "fit.npz"
-        if not path.exists():
-            raise ValueError(f"{self.folder} holds no finished fit: go on with it by probdiff fit with --resume")
-        return Fit.load(path, d)
+        return Fit.load(self.folder / "fit.npz", d)
 
     def report(self, fitted: Fit, data_split: datasets.Split, fitting: float | None = None) -> None:
         """Leaves fit.nc, summary.csv and the figures in the folder, and prints the table."""
@@ -248,7 +247,7 @@ def main() -> None:
     except typer.TyperException as error:
         print(f"probdiff: {getattr(error, 'format_message', error.__str__)()}", file=sys.stderr)
         code = getattr(error, "exit_code", 2)
-    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
         print(f"probdiff: {' '.join(str(error).split())}", file=sys.stderr)
         code = 1
     sys.exit(code)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +193,8 @@ def load(
         raise ValueError(f"no data set is called {source!r}; there are {names}, and files in {', '.join(READERS)}")
     if dequantised:
         x = dequantise(x, key_data)
+    x = check_data(x, x.shape[1:], source, 2, features)
+    check_varies(x, source, features)
     return split(x, features, key_split, test_fraction)
 
 
@@ -227,6 +229,8 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> tuple[
         if missing:
             raise ValueError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(frame.columns)}")
         frame = frame[list(columns)]
+    if not len(frame):
+        raise ValueError(f"{path} has 0 row(s) of data")
     words = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
     if words:
         raise ValueError(f"{path}: column {words[0]!r} does not hold numbers; leave it out, naming the columns to use")
@@ -234,3 +238,49 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> tuple[
 
 
 READERS = {".npy": "load", ".csv": "read_csv", ".parquet": "read_parquet"}
+
+
+def check_data(
+    x: ArrayLike, event_shape: tuple[int, ...], name: str, minimum: int = 1, features: Sequence[str] | None = None
+) -> np.ndarray:
+    """x as a float64 array (N, *event_shape) of finite numbers with at least `minimum` rows.
+
+    Raises `ValueError` or `TypeError` that says what is wrong, with the rows and the columns where it is.
+    """
+    array = np.asarray(x)
+    if array.shape[1:] != event_shape or array.ndim != len(event_shape) + 1:
+        raise ValueError(
+            f"{name} has shape {array.shape}; this diffusion wants (N, {', '.join(map(str, event_shape))})"
+        )
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(
+            f"{name} has dtype {array.dtype}; a density wants floating-point data: dequantise integers "
+            "(datasets.dequantise, --dequantise), or convert what is not counted with astype(float)"
+        )
+    if len(array) < minimum:
+        raise ValueError(f"{name} has {len(array)} row(s); it must have at least {minimum}")
+    rows, columns = np.nonzero(~np.isfinite(array.reshape(len(array), -1)))
+    if len(rows):
+        names = [features[i] if features else str(i) for i in np.unique(columns)]
+        raise ValueError(
+            f"{name} has {len(rows)} entries that are NaN or infinite, in row(s) {some(np.unique(rows))} "
+            f"and column(s) {some(names)}"
+        )
+    return array.astype(np.float64)
+
+
+def check_varies(x: np.ndarray, name: str, features: Sequence[str] | None = None) -> None:
+    """Raises `ValueError` where a feature of x (N, *event_shape) has one value in every row: it cannot be standardised."""
+    flat = x.reshape(len(x), -1)
+    constant = np.flatnonzero(flat.std(0) <= 1e-12 * np.abs(flat.mean(0)))
+    if constant.size:
+        names = [features[i] if features else str(i) for i in constant]
+        raise ValueError(
+            f"{name} has the same value in every row of feature(s) {some(names)}; leave constant features out"
+        )
+
+
+def some(values: Sequence[Any] | np.ndarray) -> str:
+    """The first five of some values, and how many more there are."""
+    listed = ", ".join(str(value) for value in values[:5])
+    return listed + (f" and {len(values) - 5} more" if len(values) > 5 else "")

@@ -24,8 +24,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # HDF5 tells of a full disk by a RuntimeError
+        raise OSError(f"could not write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Raises `OSError` where `size` more bytes cannot be written to `folder`."""
+    # macOS has no posix_fallocate
+    allocate = getattr(os, "posix_fallocate", lambda descriptor, _, length: os.write(descriptor, bytes(length)))
+    with atomic_write(folder / "space") as file, file.open("wb") as stream:
+        allocate(stream.fileno(), 0, size)
+    (folder / "space").unlink()
 
 
 def _umask() -> int:

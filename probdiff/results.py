@@ -16,6 +16,7 @@ from numpyro import handlers
 
 from probdiff import diagnostics, likelihood, training
 from probdiff.chains import GaussianDiffusion
+from probdiff.datasets import check_data, check_varies, some
 from probdiff.files import atomic_write
 from probdiff.likelihood import ELBOParts, LogLikelihood
 from probdiff.schedules import NoiseLevels
@@ -48,12 +49,8 @@ def fit(
     Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
     """
     data = check_data(x, d.event_shape, "x", minimum=2)
+    check_varies(data, "x")
     loc, scale = data.mean(0), data.std(0)
-    constant = np.flatnonzero(scale.ravel() <= 1e-12 * np.abs(loc.ravel()))
-    if constant.size:
-        raise ValueError(
-            f"x has the same value in every row of feature(s) {_some(constant)}; leave constant features out"
-        )
     if batch_size is None:
         batch_size = min(512, len(data))
     settings = training.Settings(
@@ -215,7 +212,7 @@ class Fit:
         wanted, treedef = jax.tree_util.tree_flatten_with_path(template)
         names = [jax.tree_util.keystr(path) for path, _ in wanted]
         if names != arrays["names"].tolist():
-            raise ValueError(f"{path} holds the fit of another diffusion: its params are {_some(arrays['names'])}")
+            raise ValueError(f"{path} holds the fit of another diffusion: its params are {some(arrays['names'])}")
         leaves = [arrays[f"leaf_{i:04}"] for i in range(len(names))]
         for name, leaf, (_, like) in zip(names, leaves, wanted, strict=True):
             if leaf.shape[1:] != like.shape:
@@ -269,32 +266,3 @@ def check_key(rng_key: Key) -> Key:
     if dtype == jnp.uint32 and rng_key.shape == (2,):
         return jax.random.wrap_key_data(rng_key)
     raise TypeError(f"rng_key is {rng_key!r}; it must be one key, such as jax.random.key(0)")
-
-
-def check_data(x: ArrayLike, event_shape: tuple[int, ...], name: str, minimum: int = 1) -> np.ndarray:
-    """x as a float64 array (N, *event_shape), or an error that says what is wrong with it."""
-    array = np.asarray(x)
-    if array.shape[1:] != event_shape or array.ndim != len(event_shape) + 1:
-        raise ValueError(
-            f"{name} has shape {array.shape}; this diffusion wants (N, {', '.join(map(str, event_shape))})"
-        )
-    if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(
-            f"{name} has dtype {array.dtype}; a density wants floating-point data: "
-            "for integers see datasets.dequantise, or convert with astype(float)"
-        )
-    if len(array) < minimum:
-        raise ValueError(f"{name} has {len(array)} row(s); it must have at least {minimum}")
-    flat = array.reshape(len(array), -1)
-    rows, columns = np.nonzero(~np.isfinite(flat))
-    if len(rows):
-        raise ValueError(
-            f"{name} has {len(rows)} entries that are NaN or infinite, in row(s) {_some(np.unique(rows))} "
-            f"and column(s) {_some(np.unique(columns))}"
-        )
-    return array.astype(np.float64)
-
-
-def _some(values: Sequence[Any] | np.ndarray) -> str:
-    listed = ", ".join(str(value) for value in values[:5])
-    return listed + (f" and {len(values) - 5} more" if len(values) > 5 else "")

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from probdiff import likelihood
 from probdiff.chains import GaussianDiffusion
-from probdiff.files import atomic_write
+from probdiff.files import atomic_write, check_space
 from probdiff.types import Data, Key, Params
 
 Objective = Literal["at_time", "mean_field", "trace"]
@@ -250,7 +250,7 @@ class Checkpoints:
         described = directory / "configuration.json"
         if described.exists():
             if not resume:
-                raise FileExistsError(f"{directory} already holds a run; resume it or choose another folder")
+                raise FileExistsError(f"{directory} already holds a run: resume it, or choose another folder")
             held = json.loads(described.read_text())
             for name, value in configuration.items():
                 if held.get(name) != value:
@@ -270,6 +270,8 @@ class Checkpoints:
 
     def save(self, check: int, tree: Any) -> None:
         leaves = {f"{i:04}": leaf for i, leaf in enumerate(_raw(tree))}
+        # on a full disk Orbax's threads fill the terminal before they fail
+        check_space(self._directory, 2 * sum(leaf.nbytes for leaf in leaves.values()) + 100_000)
         try:
             self._manager.save(check, args=self._ocp.args.StandardSave(leaves))
             with atomic_write(self._digest_file(check)) as file:
