@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import equinox as eqx
 import jax
@@ -63,7 +63,7 @@ class GaussianDiffusion:
             raise ValueError(f"event_shape is {shape}; it must be a tuple of positive integers such as (2,)")
         object.__setattr__(self, "event_shape", shape)
         object.__setattr__(self, "family", Gaussian(shape, self.covariance))
-        if isinstance(self.network, eqx.Module):
+        if callable(self.network):
             x_t, log_snr = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
             outputs = eqx.filter_eval_shape(self.network, x_t, log_snr)
             if getattr(outputs, "shape", None) != (self.family.num_outputs,):
@@ -209,7 +209,7 @@ class GaussianDiffusion:
     def _batch_shape(self, x_0: Event | None) -> tuple[int, ...]:
         return () if x_0 is None else x_0.shape[: x_0.ndim - len(self.event_shape)]
 
-    def _data[X: Event | None](self, x_0: X, subsample_size: int | None) -> tuple[AbstractContextManager, X]:
+    def _data(self, x_0: Any, subsample_size: int | None) -> tuple[AbstractContextManager, Any]:
         """The plate "data", to be entered as often as needed, and the rows of x_0 that it draws."""
         if x_0 is None:
             return nullcontext(), None
@@ -253,7 +253,7 @@ for _kind in {dist.Distribution, *(p for _, p in kl_divergence.funcs)}:
     kl_divergence.add((ForwardStep, _kind), _refuse_forward_order)
 
 
-def _where(condition: Array, a: dist.Distribution, b: dist.Distribution) -> dist.Distribution:
+def _where(condition: bool | Array, a: dist.Distribution, b: dist.Distribution) -> dist.Distribution:
     return jax.tree.map(partial(jnp.where, condition), a, b)
 
 

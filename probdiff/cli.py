@@ -4,6 +4,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,20 +25,22 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True,
 )  # fmt: skip
 
-_SCHEDULES = {
+_SCHEDULES: dict[str, Callable[[int], Any]] = {
     "learned-betas": schedules.LearnedBetas,
     "learned-snr": schedules.LearnedSNR,
     "linear": schedules.linear,
     "cosine": schedules.cosine,
     "harmonic": schedules.harmonic,
 }
+_DATA = "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file"
+_PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 10 for real data, 0 else]"
 _EVALUATED = 500  # held-out rows in the DataTree
 _DRAWS = 200
 
 
 @app.command()
 def fit(
-    data: Annotated[str, typer.Argument(help="swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file")] = "swiss-roll",
+    data: Annotated[str, typer.Argument(help=_DATA)] = "swiss-roll",
     out: Annotated[Path | None, typer.Option(help="run folder [default: runs/DATA]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on where the run in the folder stopped")] = False,
     columns: Annotated[str | None, typer.Option(help="columns of a file to use, separated by commas")] = None,
@@ -52,7 +55,7 @@ def fit(
     num_steps: Annotated[int, typer.Option(help="steps of SVI")] = 20_000,
     batch_size: Annotated[int | None, typer.Option(help="data to a step [default: 512, or all if fewer]")] = None,
     learning_rate: Annotated[float, typer.Option(help="of Adam, at the start")] = 2e-3,
-    patience: Annotated[int | None, typer.Option(help="checks without progress on validation data before stopping; 0 for never [default: 10 for real data, 0 else]")] = None,
+    patience: Annotated[int | None, typer.Option(help=_PATIENCE)] = None,
     num_chains: Annotated[int, typer.Option(help="independent fits")] = 2,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
 ) -> None:  # fmt: skip
@@ -228,9 +231,8 @@ class Run:
         print(f"\nHeld-out log-likelihood, nats per datum (se: standard error over {len(test):,} data)")
         print(summary.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
         print(f"\n{compared.verdict}")
-        print(
-            f"Time: {f'{fitting:.0f} s to fit, ' if fitting else ''}{evaluation:.0f} s to evaluate. Run folder: {self.folder}"
-        )
+        fit_time = f"{fitting:.0f} s to fit, " if fitting else ""
+        print(f"Time: {fit_time}{evaluation:.0f} s to evaluate. Run folder: {self.folder}")
 
 
 def _se(values: np.ndarray) -> float:
@@ -239,7 +241,7 @@ def _se(values: np.ndarray) -> float:
 
 def main() -> None:
     """Runs the command; an error is one line on standard error and a non-zero exit."""
-    warnings.showwarning = lambda message, *_: print(f"probdiff: warning: {message}", file=sys.stderr)  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *_: print(f"probdiff: warning: {message}", file=sys.stderr)
     try:
         code = app(standalone_mode=False)
     except typer.Abort:

@@ -20,7 +20,7 @@ class Density(Protocol):
     """A data set that can be drawn from and whose log density is known."""
 
     def sample(self, rng_key: Key, n: int) -> Float[Array, "n D"]: ...
-    def log_prob(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]: ...
+    def log_prob(self, x: ArrayLike) -> Float[Array, "*batch"]: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SwissRoll:
         spiral = jnp.concatenate([s * jnp.cos(s), s * jnp.sin(s)], axis=1)
         return (spiral + self.noise * jax.random.normal(key_noise, (n, 2)) - self._mean) / self._std
 
-    def log_prob(self, x: Float[Array, "*batch 2"]) -> Float[Array, "*batch"]:
+    def log_prob(self, x: ArrayLike) -> Float[Array, "*batch"]:
         """log ∫ N(x given spiral(s), noise) ds / 3π in nats, by Gauss–Legendre panels finer than the noise."""
         panels = math.ceil(90 / self.noise) + 8  # the spiral is 89 long
         nodes, weights = np.polynomial.legendre.leggauss(8)
@@ -113,7 +113,7 @@ class GaussianMixture:
         """n draws, shape (n, D)."""
         return self.distribution.sample(rng_key, (n,))
 
-    def log_prob(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+    def log_prob(self, x: ArrayLike) -> Float[Array, "*batch"]:
         """log Σ_k w_k N(x given m_k, S_k), nats."""
         return self.distribution.log_prob(jnp.asarray(x))
 
@@ -147,7 +147,7 @@ class Split:
 
 
 def split(x: np.ndarray, features: Sequence[str], rng_key: Key, test_fraction: float = 0.2) -> Split:
-    """A seeded random split of the rows of x (N, D). Raises `ValueError` where either part would have fewer than 2 rows."""
+    """A seeded random split of the rows of x (N, D). Raises `ValueError` where a part would have fewer than 2 rows."""
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction is {test_fraction}; it must lie strictly between 0 and 1")
     num_test = round(test_fraction * len(x))
@@ -261,7 +261,7 @@ def check_data(
         raise ValueError(f"{name} has {len(array)} row(s); it must have at least {minimum}")
     rows, columns = np.nonzero(~np.isfinite(array.reshape(len(array), -1)))
     if len(rows):
-        names = [features[i] if features else str(i) for i in np.unique(columns)]
+        names = [features[i] if features else str(i) for i in np.unique(columns).tolist()]
         raise ValueError(
             f"{name} has {len(rows)} entries that are NaN or infinite, in row(s) {some(np.unique(rows))} "
             f"and column(s) {some(names)}"
@@ -270,11 +270,11 @@ def check_data(
 
 
 def check_varies(x: np.ndarray, name: str, features: Sequence[str] | None = None) -> None:
-    """Raises `ValueError` where a feature of x (N, *event_shape) has one value in every row: it cannot be standardised."""
+    """Raises `ValueError` where a feature of x (N, *event_shape) is constant, so that it cannot be standardised."""
     flat = x.reshape(len(x), -1)
     constant = np.flatnonzero(flat.std(0) <= 1e-12 * np.abs(flat.mean(0)))
     if constant.size:
-        names = [features[i] if features else str(i) for i in constant]
+        names = [features[i] if features else str(i) for i in constant.tolist()]
         raise ValueError(
             f"{name} has the same value in every row of feature(s) {some(names)}; leave constant features out"
         )

@@ -87,14 +87,16 @@ def to_datatree(
     | posterior | x | chain, draw, t, feature | draws of x_t from p, in the chain's own units |
     | posterior_predictive | x_0 | chain, draw, feature | the same at t = 0, in the data's units |
     | forward | x | chain, draw, t, feature | draws of x_t from q for rows of x, in the chain's own units |
-    | pit | x | chain, draw, t, feature | the rank of each forward draw among ten times as many reverse draws, in [0, 1] |
+    | pit | x | chain, draw, t, feature | rank of each forward draw among ten times as many reverse draws, in [0, 1] |
     | observed_data | x_0 | datum, feature | x |
     | log_likelihood | x_0 | chain, draw, datum | the lower bound K; draws are spread as its Monte Carlo error |
     | importance | log_weight | chain, draw, datum | log w of N14, one path each |
-    | fit | loss; beta, log_snr, elbo_part; prior_kl | chain, step; chain, t; chain | losses, schedule, and K = Σ_t elbo_part − prior_kl |
+    | fit | loss | chain, step | losses |
+    | fit | beta, log_snr, elbo_part | chain, t | schedule, and the terms of K = Σ_t elbo_part − prior_kl |
+    | fit | prior_kl | chain | KL(q(x_T given x_0) ‖ p(x_T)) |
 
-    A fit is a point estimate, so the mean over draws of `log_likelihood` is the bound itself: each draw is the mean plus
-    1/√num_draws of one Monte Carlo estimate's deviation from it. `elbo_part` at t = 1 is the reconstruction.
+    A fit is a point estimate, so the mean over draws of `log_likelihood` is the bound itself: each draw is the
+    mean plus 1/√num_draws of one Monte Carlo estimate's deviation from it. `elbo_part` at t = 1 is the reconstruction.
     """
     d, C = fit.diffusion, fit.num_chains
     x_0 = fit.standardise(x)
@@ -172,7 +174,7 @@ def _ranks(q: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def _elbo_draws(
-    d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key, num_draws: int
+    d: GaussianDiffusion, params: Params, x_0: np.ndarray, rng_key: Key, num_draws: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """K per datum, (num_draws, N), shrunk to the spread of its mean; its terms for t = 1…T, (T,), and the prior KL."""
     parts, draws = likelihood.elbo_draws(d, params, x_0, rng_key=rng_key, num_draws=num_draws)
@@ -184,7 +186,7 @@ def _elbo_draws(
 def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
     """Pareto k̂ of the importance weights of each datum, from draws of log w; dims chain, datum.
 
-    Below min(1 − 1/log₁₀ S, 0.7) an importance-weighted estimate from these S draws can be trusted (Vehtari et al. 2024).
+    Below `k_threshold` an importance-weighted estimate from these draws can be trusted (Vehtari et al. 2024).
     """
     spread = log_weight.max("draw") - log_weight.min("draw")
     equal = spread < 1e-6  # equal weights have no tail to fit
@@ -194,6 +196,7 @@ def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
 
 
 def k_threshold(num_draws: int) -> float:
+    """min(1 − 1/log₁₀ S, 0.7) for S draws (Vehtari et al. 2024)."""
     return min(1 - 1 / np.log10(num_draws), 0.7)
 
 
@@ -201,11 +204,11 @@ def k_threshold(num_draws: int) -> float:
 class Marginals:
     """How the reverse marginals p(x_t) compare with the forward q(x_t).
 
-    `table`: one row per chain, t and feature: the Wasserstein distance in the chain's units and the largest gap between the
-    two distribution functions (Kolmogorov–Smirnov), each with the band that sampling noise alone stays under in 99 % of
-    permutations; the energy distance of all features jointly at this t, with its band and p-value; and R̂
-    of the reverse draws across chains (NaN for one chain). `p_value` is that of the largest energy distance over all t, in
-    units of its noise, and over chains (Bonferroni). `pareto_k` (C, N) is of the importance weights.
+    `table`: one row per chain, t and feature: the Wasserstein distance in the chain's units and the largest gap
+    between the two distribution functions (Kolmogorov–Smirnov), each with the band that sampling noise alone stays
+    under in 99 % of permutations; the energy distance of all features jointly at this t, with its band and
+    p-value; and R̂ of the reverse draws across chains (NaN for one chain). `p_value` is that of the largest energy
+    distance over all t, in units of its noise, and over chains (Bonferroni). `pareto_k` (C, N) is of the weights.
     """
 
     table: pd.DataFrame
@@ -220,8 +223,9 @@ class Marginals:
             return f"The reverse marginals match the forward ones within sampling noise: p = {self.p_value:.2g} ({at})."
         worst = self.table.loc[(self.table.energy / self.table.energy_band).idxmax()]
         return (
-            f"The reverse marginals differ from the forward ones: p = {self.p_value:.2g} ({at}); most at t = {worst.t:.0f} of "
-            f"chain {worst.chain:.0f}, energy distance {worst.energy:.2g} where noise alone stays under {worst.energy_band:.2g}."
+            f"The reverse marginals differ from the forward ones: p = {self.p_value:.2g} ({at}); most at t = {worst.t:.0f} "
+            f"of chain {worst.chain:.0f}, where the energy distance is {worst.energy:.2g} and noise alone stays under "
+            f"{worst.energy_band:.2g}."
         )
 
 
@@ -231,7 +235,7 @@ def marginals(dt: xr.DataTree, *, seed: int = 0, num_permutations: int = 399) ->
     Whole paths are permuted between p and q, so the dependence between times is kept. The forward draws should be one
     for each datum: give `to_datatree` at least as many held-out rows as draws.
     """
-    posterior, forward = dt["posterior"]["x"], dt["forward"]["x"]
+    posterior, forward = dt["posterior"].dataset["x"], dt["forward"].dataset["x"]
     C, n = posterior.sizes["chain"], posterior.sizes["draw"]
     times, features = posterior["t"].to_numpy(), posterior["feature"].to_numpy()
     rng = np.random.default_rng(seed)
@@ -264,7 +268,7 @@ def marginals(dt: xr.DataTree, *, seed: int = 0, num_permutations: int = 399) ->
                         "r_hat": rhat[i, j],
                     }
                 )
-    k = pareto_k(dt["importance"]["log_weight"]).to_numpy()
+    k = pareto_k(dt["importance"].dataset["log_weight"]).to_numpy()
     return Marginals(pd.DataFrame(frames), min(1.0, C * min(p_values)), k, n)
 
 
@@ -282,7 +286,7 @@ def _energy(x: Float[np.ndarray, "2n D"], labels: Float[np.ndarray, "P 2n"]) -> 
 def _one_dimensional(
     x: Float[np.ndarray, " 2n"], labels: Float[np.ndarray, "P 2n"]
 ) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, " P"]]:
-    """∫|F_p − F_q| and max|F_p − F_q| for each labelling: the Wasserstein distance and the Kolmogorov–Smirnov statistic."""
+    """∫|F_p − F_q|, the Wasserstein distance, and max|F_p − F_q|, Kolmogorov's and Smirnov's, for each labelling."""
     order = np.argsort(x)
     difference = np.abs(np.cumsum(labels[:, order], axis=1))
     return difference[:, :-1] @ np.diff(x[order]), difference.max(1)

@@ -14,7 +14,7 @@ from numpyro.distributions.kl import kl_divergence
 from numpyro.infer.elbo import get_importance_log_probs
 
 from probdiff.chains import GaussianDiffusion
-from probdiff.types import Data, Key, Params
+from probdiff.types import Data, Event, Key, Params
 
 _ROWS = 2048  # rows of data to one compiled call
 
@@ -64,7 +64,7 @@ class LogLikelihood:
 
 
 @partial(jax.jit, static_argnums=0)
-def _parts(d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key) -> tuple[Array, Array]:
+def _parts(d: GaussianDiffusion, params: Params, x_0: Event, rng_key: Key) -> tuple[Array, Array]:
     """KL of the prior (N,), and the terms t = 1…T, (T, N): log p(x_0 given x_1), then the KLs."""
 
     def program() -> tuple[Array, Array]:
@@ -111,8 +111,8 @@ def elbo_draws(
 ) -> tuple[ELBOParts, Float[np.ndarray, "S N"]]:
     """The parts of N17 per datum of one chain, and the estimates of their sum that each draw gives, (S, N).
 
-    K = E log p(x_0 given x_1) − Σ_{t≥2} E KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t)) − KL(q(x_T given x_0) ‖ p(x_T)):
-    the KLs in closed form, the expectations over x_t from `num_draws` draws for each t.
+    K = E log p(x_0 given x_1) − Σ_{t≥2} E KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t))
+    − KL(q(x_T given x_0) ‖ p(x_T)): KLs in closed form, expectations over x_t from `num_draws` draws for each t.
     x_0 (N, *event_shape) in the chain's own units; nats.
     """
     priors, means, totals = [], [], []
@@ -127,14 +127,14 @@ def elbo_draws(
 def _parts_of_draws(
     d: GaussianDiffusion, params: Params, num_draws: int, x_0: Data, rng_key: Key
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    draws = [_parts(d, params, x_0, key) for key in jax.random.split(rng_key, num_draws)]
+    draws = [_parts(d, params, jnp.asarray(x_0), key) for key in jax.random.split(rng_key, num_draws)]
     return np.asarray(draws[0][0], np.float64), [np.asarray(terms, np.float64) for _, terms in draws]
 
 
 def elbo_parts(
     d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
 ) -> tuple[ELBOParts, Float[np.ndarray, " N"]]:
-    """The parts of `elbo_draws`, and the Monte Carlo standard error of their sum per datum (N,), for 2 draws or more."""
+    """The parts of `elbo_draws`, and the Monte Carlo standard error of their sum per datum, (N,)."""
     parts, draws = elbo_draws(d, params, x_0, rng_key=rng_key, num_draws=num_draws)
     return parts, draws.std(0, ddof=1) / np.sqrt(num_draws)
 

@@ -18,9 +18,11 @@ def samples(dt: xr.DataTree, *, most: int = 2000) -> Figure:
     Two features are a scatter, one a histogram, pixels (features named pixel_…) images, and more features
     the two leading principal components of the data.
     """
-    data = dt["observed_data"]["x_0"].to_numpy()
-    drawn = dt["posterior_predictive"]["x_0"].stack(all=("chain", "draw")).transpose("all", "feature").to_numpy()
-    names = [str(name) for name in dt["observed_data"]["feature"].to_numpy()]
+    data = dt["observed_data"].dataset["x_0"].to_numpy()
+    drawn = (
+        dt["posterior_predictive"].dataset["x_0"].stack(all=("chain", "draw")).transpose("all", "feature").to_numpy()
+    )
+    names = [str(name) for name in dt["observed_data"].dataset["feature"].to_numpy()]
     if all(name.startswith("pixel") for name in names) and math.isqrt(len(names)) ** 2 == len(names):
         return _images(data, drawn)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -68,7 +70,7 @@ def _images(data: np.ndarray, drawn: np.ndarray) -> Figure:
 
 def marginals_over_time(dt: xr.DataTree, *, num_times: int = 6, most: int = 1000) -> Figure:
     """Forward draws of x_t above reverse draws at a row of times, in the chain's own units (chain 0)."""
-    posterior, forward = dt["posterior"]["x"], dt["forward"]["x"]
+    posterior, forward = dt["posterior"].dataset["x"], dt["forward"].dataset["x"]
     times = forward["t"].to_numpy()[
         np.linspace(0, forward.sizes["t"] - 1, min(num_times, forward.sizes["t"])).astype(int)
     ]
@@ -127,12 +129,12 @@ def schedule(dt: xr.DataTree, initial_beta: Float[np.ndarray, " T"] | None = Non
     """β_t and the log-SNR of each chain, and those that learning began from."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    t = dt["fit"]["t"].to_numpy()
+    t = dt["fit"].dataset["t"].to_numpy()
     marker = "." if len(t) <= 60 else ""
-    for c in range(dt["fit"].sizes["chain"]):
+    for c in range(dt["fit"].dataset.sizes["chain"]):
         label = "after learning" if c == 0 else None
-        left.plot(t, dt["fit"]["beta"][c], marker=marker, color=_REVERSE, alpha=0.7, label=label)
-        right.plot(t, dt["fit"]["log_snr"][c], marker=marker, color=_REVERSE, alpha=0.7, label=label)
+        left.plot(t, dt["fit"].dataset["beta"][c], marker=marker, color=_REVERSE, alpha=0.7, label=label)
+        right.plot(t, dt["fit"].dataset["log_snr"][c], marker=marker, color=_REVERSE, alpha=0.7, label=label)
     if initial_beta is not None:
         log_alpha_bar = np.cumsum(np.log1p(-np.minimum(initial_beta, 1 - 1e-7)))
         left.plot(t, initial_beta, color="gray", ls="--", label="before")
@@ -148,7 +150,7 @@ def elbo_parts(dt: xr.DataTree) -> Figure:
     """What each t costs: KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t)), with the two end terms in the legend."""
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    group = dt["fit"]
+    group = dt["fit"].dataset
     t = group["t"].to_numpy()
     for c in range(group.sizes["chain"]):
         parts = group["elbo_part"][c].to_numpy()
@@ -163,7 +165,7 @@ def loss(dt: xr.DataTree) -> Figure:
     """The negative ELBO per datum of the batches, averaged over windows of a hundredth of the run."""
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    losses = dt["fit"]["loss"].to_numpy()
+    losses = dt["fit"].dataset["loss"].to_numpy()
     window = max(1, losses.shape[1] // 100)
     count = losses.shape[1] // window
     means = losses[:, : count * window].reshape(len(losses), count, window).mean(-1)

@@ -195,12 +195,12 @@ class Fit:
                 validation=self.stacked_validation,
                 loc=self.loc,
                 scale=self.scale,
-                **leaves,
+                **leaves,  # type: ignore[arg-type]  # no leaf is called allow_pickle
             )
 
     @classmethod
     def load(cls, path: str | Path, d: GaussianDiffusion) -> Self:
-        """Reads what `save` wrote for the diffusion `d`. Raises `ValueError` where the file is of another or damaged."""
+        """Reads what `save` wrote for the diffusion `d`. Raises `ValueError` where it does not fit or is damaged."""
         try:
             with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as held:
                 arrays = dict(held)

@@ -31,7 +31,7 @@ Objective = Literal["at_time", "mean_field", "trace"]
 class Settings:
     """How a chain is fitted.
 
-    `objective`: "at_time" (one t per datum), "mean_field" (all t, closed-form KLs) or "trace" (all t, N17 as it stands).
+    `objective`: "at_time" (one t per datum), "mean_field" (all t, closed-form KLs) or "trace" (all t, N17 as it is).
     The learning rate falls from `learning_rate` to zero along a cosine over `num_steps`; `gradient_clip` bounds
     the global norm of the gradient of the loss per datum. Progress, validation and checkpoints come every
     `check_every` steps. With `patience`, fitting stops when no chain's validation ELBO has risen for that
@@ -165,13 +165,7 @@ def train(
             ]
             best = np.fmax.reduce(progress["validation"], axis=1, initial=-np.inf)
             progress["validation"][:, check] = elbo
-            progress["best"] = jax.tree.map(
-                lambda new, old, better=jnp.asarray(elbo > best): jnp.where(
-                    better.reshape((-1,) + (1,) * (new.ndim - 1)), new, old
-                ),
-                params,
-                progress["best"],
-            )
+            progress["best"] = _choose(elbo > best, params, progress["best"])
         if checkpoints is not None:
             checkpoints.save(check + 1, progress)
         bar.set_postfix_str(f"loss {losses.mean():.4f} nats per datum", refresh=False)
@@ -191,6 +185,11 @@ def train(
 def chain(params: Params, c: int) -> Params:
     """The params of one chain of several."""
     return jax.tree.map(lambda leaf: leaf[c], params)
+
+
+def _choose(better: np.ndarray, new: Params, old: Params) -> Params:
+    """The new params of the chains that are better, the old ones of the rest."""
+    return jax.tree.map(lambda a, b: jnp.where(better.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), new, old)
 
 
 def _has_stalled(validation: np.ndarray, patience: int | None) -> bool:

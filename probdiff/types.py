@@ -15,11 +15,12 @@ x_0 is data and x_T is noise. `beta[t - 1]` is β_t. Log densities are in nats.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 type Key = PRNGKeyArray
 type Time = int | Int[Array, "..."]
 type Event = Float[Array, "*batch *event"]
-type Data = Float[Array, "N *event"]
+type Data = Float[Array | np.ndarray, "N *event"]
 type Params = dict[str, Any]
 type Program = Callable[..., Any]

@@ -311,7 +311,9 @@ def test_renyi_bound_is_per_datum():
     gaps = []
     for K in (10, 1000):
         bound = RenyiELBO(alpha=0, num_particles=K)
-        loss = jax.vmap(lambda key, b=bound: b.loss(key, random_linear(d), d.reverse, d.forward, jnp.asarray(x)))
+        loss = jax.jit(
+            jax.vmap(lambda key, b=bound: b.loss(key, random_linear(d), d.reverse, d.forward, jnp.asarray(x)))
+        )
         draws = -np.asarray(loss(jax.random.split(jax.random.key(1), 50)))
         gaps.append(expected - draws.mean())
         error = draws.std() / np.sqrt(50)
@@ -411,8 +413,10 @@ def test_images_keep_their_shape():
 def test_harmonic_schedule_gives_finite_losses_and_gradients():
     d = mlp_diffusion("full", schedules.harmonic(6))
     params, x = random_params(d), jnp.ones((8, 2))
-    value, gradient = jax.value_and_grad(
-        lambda p: TraceMeanField_ELBO().loss(jax.random.key(0), p, d.reverse_at_time, d.forward_at_time, x)
+    value, gradient = jax.jit(
+        jax.value_and_grad(
+            lambda p: TraceMeanField_ELBO().loss(jax.random.key(0), p, d.reverse_at_time, d.forward_at_time, x)
+        )
     )(params)
     assert np.isfinite(value)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))

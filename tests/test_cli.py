@@ -15,7 +15,7 @@ import pytest
 
 from probdiff import cli
 
-QUICK = "--num-timesteps 4 --num-steps 40 --width 8 --depth 1 --patience 0".split()
+QUICK = ["--num-timesteps=4", "--num-steps=40", "--width=8", "--depth=1", "--patience=0"]
 FIGURES = {"samples", "marginals", "distances", "schedule", "elbo_parts", "loss"}
 
 

@@ -124,7 +124,7 @@ def tree(p, q, weights=None):
 
 
 def test_verdict_is_calibrated_when_p_is_q():
-    """Of 200 pairs of equal laws, P(p ≤ 0.05) is at most 0.05: above 22 rejections comes by chance once in 2,000 seeds."""
+    """Of 200 pairs of equal laws, P(p ≤ 0.05) ≤ 0.05: more than 22 rejections come by chance once in 2,000 seeds."""
     rng = np.random.default_rng(1)
     rejected = 0
     for seed in range(200):

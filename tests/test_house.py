@@ -8,8 +8,8 @@ import pytest
 import probdiff
 
 ORDER = [
-    "types", "files", "datasets", "schedules", "families", "networks", "chains", "likelihood", "training", "diagnostics",
-    "plots", "results", "cli",
+    "types", "files", "datasets", "schedules", "families", "networks", "chains", "likelihood", "training",
+    "diagnostics", "plots", "results", "cli",
 ]  # fmt: skip
 PACKAGE = Path(probdiff.__file__).parent
 
