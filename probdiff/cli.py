@@ -34,6 +34,7 @@ _SCHEDULES: dict[str, Callable[[int], Any]] = {
 }
 _DATA = "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file"
 _PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 10 for real data, 0 else]"
+_COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features, diagonal beyond]"
 _EVALUATED = 500  # held-out rows in the DataTree
 _DRAWS = 200
 
@@ -49,7 +50,7 @@ def fit(
     noise: Annotated[float, typer.Option(help="noise of the swiss roll")] = 0.5,
     num_timesteps: Annotated[int, typer.Option(help="T")] = 40,
     schedule: Annotated[str, typer.Option(help=", ".join(_SCHEDULES))] = "learned-betas",
-    covariance: Annotated[str, typer.Option(help="fixed, diagonal or full")] = "full",
+    covariance: Annotated[str | None, typer.Option(help=_COVARIANCE)] = None,
     width: Annotated[int, typer.Option(help="units of each block of the network")] = 128,
     depth: Annotated[int, typer.Option(help="blocks of the network")] = 3,
     num_steps: Annotated[int, typer.Option(help="steps of SVI")] = 20_000,
@@ -70,7 +71,7 @@ def fit(
         train, validation = inner.train, inner.test
     print(
         f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
-        f"T = {num_timesteps}, {schedule}, {covariance} covariance, {num_chains} chain(s)",
+        f"T = {num_timesteps}, {schedule}, {d.covariance} covariance, {num_chains} chain(s)",
         flush=True,
     )
     start = time.perf_counter()
@@ -175,8 +176,9 @@ class Run:
             dequantised=o["dequantise"],
             test_fraction=o["test_fraction"],
         )
-        network = networks.ResidualMLP(o["width"], o["depth"])
-        return GaussianDiffusion((data_split.train.shape[1],), schedule, network, o["covariance"]), data_split
+        network, size = networks.ResidualMLP(o["width"], o["depth"]), data_split.train.shape[1]
+        covariance = o["covariance"] or ("full" if size <= 16 else "diagonal")
+        return GaussianDiffusion((size,), schedule, network, covariance), data_split
 
     def patience(self, data_split: datasets.Split) -> int:
         chosen = self.options["patience"]

@@ -223,9 +223,9 @@ class Marginals:
             return f"The reverse marginals match the forward ones within sampling noise: p = {self.p_value:.2g} ({at})."
         worst = self.table.loc[(self.table.energy / self.table.energy_band).idxmax()]
         return (
-            f"The reverse marginals differ from the forward ones: p = {self.p_value:.2g} ({at}); most at t = {worst.t:.0f} "
-            f"of chain {worst.chain:.0f}, where the energy distance is {worst.energy:.2g} and noise alone stays under "
-            f"{worst.energy_band:.2g}."
+            f"The reverse marginals differ from the forward ones: p = {self.p_value:.2g} ({at}); "
+            f"most at t = {worst.t:.0f} of chain {worst.chain:.0f}, where the energy distance is {worst.energy:.2g} "
+            f"and noise alone stays under {worst.energy_band:.2g}."
         )
 
 
