@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import typer
 
-from probdiff import datasets, diagnostics, networks, plots, schedules
+from probdiff import datasets, diagnostics, families, networks, plots, schedules
 from probdiff.chains import GaussianDiffusion
 from probdiff.files import atomic_write
 from probdiff.results import Fit
@@ -33,7 +33,7 @@ _SCHEDULES: dict[str, Callable[[int], Any]] = {
     "harmonic": schedules.harmonic,
 }
 _DATA = "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file"
-_PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 10 for real data, 0 else]"
+_PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 20 for real data, 0 else]"
 _COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features, diagonal beyond]"
 _EVALUATED = 500  # held-out rows in the DataTree
 _DRAWS = 200
@@ -50,7 +50,7 @@ def fit(
     noise: Annotated[float, typer.Option(help="noise of the swiss roll")] = 0.5,
     num_timesteps: Annotated[int, typer.Option(help="T")] = 40,
     schedule: Annotated[str, typer.Option(help=", ".join(_SCHEDULES))] = "learned-betas",
-    covariance: Annotated[str | None, typer.Option(help=_COVARIANCE)] = None,
+    covariance: Annotated[families.Covariance | None, typer.Option(help=_COVARIANCE)] = None,
     width: Annotated[int, typer.Option(help="units of each block of the network")] = 128,
     depth: Annotated[int, typer.Option(help="blocks of the network")] = 3,
     num_steps: Annotated[int, typer.Option(help="steps of SVI")] = 20_000,
@@ -85,6 +85,7 @@ def fit(
         learning_rate=learning_rate,
         validation=validation,
         patience=run.patience(data_split) or None,
+        check_every=100 if validation is not None else 500,
         checkpoint_dir=run.folder / "checkpoints",
         resume=resume,
     )
@@ -177,12 +178,12 @@ class Run:
             test_fraction=o["test_fraction"],
         )
         network, size = networks.ResidualMLP(o["width"], o["depth"]), data_split.train.shape[1]
-        covariance = o["covariance"] or ("full" if size <= 16 else "diagonal")
+        covariance: families.Covariance = o["covariance"] or ("full" if size <= 16 else "diagonal")
         return GaussianDiffusion((size,), schedule, network, covariance), data_split
 
     def patience(self, data_split: datasets.Split) -> int:
         chosen = self.options["patience"]
-        return (0 if data_split.density else 10) if chosen is None else chosen
+        return (0 if data_split.density else 20) if chosen is None else chosen
 
     def load(self, d: GaussianDiffusion) -> Fit:
         return Fit.load(self.folder / "fit.npz", d)

@@ -232,11 +232,12 @@ class Marginals:
 def marginals(dt: xr.DataTree, *, seed: int = 0, num_permutations: int = 399) -> Marginals:
     """Compares the reverse draws with the forward draws of a `to_datatree`, t by t and jointly; see `Marginals`.
 
-    Whole paths are permuted between p and q, so the dependence between times is kept. The forward draws should be one
-    for each datum: give `to_datatree` at least as many held-out rows as draws.
+    Whole paths are permuted between p and q, so the dependence between times is kept. At most one forward draw for
+    each datum counts: give `to_datatree` as many held-out rows as draws.
     """
     posterior, forward = dt["posterior"].dataset["x"], dt["forward"].dataset["x"]
-    C, n = posterior.sizes["chain"], posterior.sizes["draw"]
+    # a datum drawn twice is no new evidence, and the first draws are of different data
+    C, n = posterior.sizes["chain"], min(posterior.sizes["draw"], dt["observed_data"].dataset.sizes["datum"])
     times, features = posterior["t"].to_numpy(), posterior["feature"].to_numpy()
     rng = np.random.default_rng(seed)
     signs = np.concatenate([np.ones(n), -np.ones(n)])
@@ -244,7 +245,7 @@ def marginals(dt: xr.DataTree, *, seed: int = 0, num_permutations: int = 399) ->
     rhat = az.rhat(dt, var_names=["x"])["x"].to_numpy() if C > 1 else np.full((len(times), len(features)), np.nan)
     frames, p_values = [], []
     for c in range(C):
-        both = np.concatenate([posterior[c].to_numpy(), forward[c].to_numpy()]).astype(
+        both = np.concatenate([posterior[c, :n].to_numpy(), forward[c, :n].to_numpy()]).astype(
             np.float32
         )  # (2n, times, features)
         energies = np.stack([_energy(both[:, i], labels) for i in range(len(times))])  # (times, 1 + permutations)

@@ -172,7 +172,7 @@ ONE_LINE = {
     "constant": (["fit", "constant.csv"], "same value in every row of feature(s) b"),
     "T below 1": (["fit", "--num-timesteps", "0"], "num_timesteps is 0"),
     "batch too large": (["fit", "good.csv", "--batch-size", "1000"], "batch_size is 1000; x has"),
-    "covariance": (["fit", "--covariance", "round"], "covariance is 'round'"),
+    "covariance": (["fit", "--covariance", "round"], "round"),
     "schedule": (["fit", "--schedule", "square"], "--schedule is square"),
     "unknown option": (["fit", "--num-timestep", "3"], "No such option: --num-timestep"),
     "bad value": (["fit", "--num-timesteps", "three"], "valid integer"),

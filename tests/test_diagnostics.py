@@ -118,6 +118,9 @@ def tree(p, q, weights=None):
         {
             "posterior": az.dict_to_dataset({"x": p}, **names),
             "forward": az.dict_to_dataset({"x": q}, **names),
+            "observed_data": az.dict_to_dataset(
+                {"x_0": q[0, :, 0]}, dims={"x_0": ["datum", "feature"]}, sample_dims=[]
+            ),
             "importance": az.dict_to_dataset({"log_weight": weights}, dims={"log_weight": ["datum"]}),
         }
     )

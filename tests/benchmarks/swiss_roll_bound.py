@@ -3,7 +3,8 @@
 The best Gaussian p(x_{t−1} given x_t) has the mean and covariance of q(x_{t−1} given x_t). The roll is a curve with
 Gaussian noise, so given x_t the posterior of x_0 is a mixture along the curve and its covariance C(x_t) one sum. Then
 f_Σ* = β_t·ρ_t·I + c_t²·C(x_t), c_t the coefficient of x_0 in the mean of q(x_{t−1} given x_t, x_0), and
-K*(β) = −log 2π − 1 − Σ_t ½ E log det(f_Σ* / β_t), for data of unit variance. K* is maximised over β from several starts.
+K*(β) = −log 2π − 1 − Σ_t ½ E log det(f_Σ* / β_t), for data of unit variance. K* is
+maximised over β from several starts.
 
     python tests/benchmarks/swiss_roll_bound.py --num-timesteps 10
 """
