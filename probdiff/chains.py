@@ -59,8 +59,9 @@ class GaussianDiffusion:
 
     def __post_init__(self) -> None:
         shape = tuple(self.event_shape)
-        if not shape or any(size < 1 for size in shape):
-            raise ValueError(f"event_shape is {shape}; it must be a tuple of positive integers such as (2,)")
+        whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape)
+        if not 1 <= len(shape) <= 8 or not whole:
+            raise ValueError(f"event_shape is {shape}; it must be a tuple of 1 to 8 positive integers such as (2,)")
         object.__setattr__(self, "event_shape", shape)
         object.__setattr__(self, "family", Gaussian(shape, self.covariance))
         if callable(self.network):
@@ -186,7 +187,9 @@ class GaussianDiffusion:
         network = jnp.vectorize(eqx.combine(params, static), signature=f"({axes}),()->(p)")
 
         def kernel(x_t: Event, t: Time) -> dist.Distribution:
-            return self.family.kernel(x_t, network(x_t, noise.log_snr[jnp.asarray(t) - 1]), noise, t)
+            # −∞ where β_T = 1, which no network should have to expect
+            log_snr = jnp.clip(noise.log_snr[jnp.asarray(t) - 1], -30.0, 30.0)
+            return self.family.kernel(x_t, network(x_t, log_snr), noise, t)
 
         return noise, kernel
 
@@ -218,7 +221,7 @@ class GaussianDiffusion:
             raise ValueError(f"x_0 has shape {shape}; this diffusion has event_shape {self.event_shape}")
         if not jnp.issubdtype(jnp.result_type(x_0), jnp.floating):
             raise TypeError(f"x_0 has dtype {jnp.result_type(x_0)}; a Gaussian diffusion wants floating-point data")
-        x_0 = jnp.asarray(x_0)
+        x_0 = jnp.asarray(x_0, jnp.result_type(float))
         if shape == self.event_shape:
             return nullcontext(), x_0
         if subsample_size is not None and not 1 <= subsample_size <= shape[0]:
@@ -234,8 +237,8 @@ class ForwardStep(dist.Independent):
     `TraceMeanField_ELBO` would take it for one with no more than a warning, so it is refused here.
     """
 
-    def __init__(self, step: dist.Distribution, *, validate_args: bool | None = None) -> None:
-        super().__init__(step, 0, validate_args=validate_args)
+    def __init__(self, step: dist.Distribution) -> None:
+        super().__init__(step, 0)
 
     def expand(self, batch_shape: tuple[int, ...]) -> "ForwardStep":
         return ForwardStep(self.base_dist.expand(batch_shape))

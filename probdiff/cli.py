@@ -1,5 +1,6 @@
 """The command line: `probdiff fit`, `probdiff report` and `probdiff sample`."""
 
+import hashlib
 import json
 import sys
 import time
@@ -90,6 +91,7 @@ def fit(
         resume=resume,
     )
     fitted.save(run.folder / "fit.npz")
+    options["held out"] = _digest(data_split.test)
     with atomic_write(run.folder / "run.json") as file:
         file.write_text(json.dumps(options, indent=1))
     run.report(fitted, data_split, fitting=time.perf_counter() - start)
@@ -100,6 +102,8 @@ def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     """Evaluate a fitted run again: its table, its figures and its ArviZ file."""
     opened = Run.open(run)
     d, data_split = opened.prepare()
+    if opened.options["held out"] != _digest(data_split.test):
+        raise ValueError(f"{opened.options['data']} has changed since the fit, so its held-out rows are not known")
     opened.report(opened.load(d), data_split)
 
 
@@ -209,7 +213,7 @@ class Run:
             if exact is not None:
                 row |= {"gap L-K": (exact - values).mean(), "gap se": _se(exact - values)}
             row |= {
-                "k-hat ok": np.mean(k < diagnostics.k_threshold(_DRAWS)),
+                "k-hat ok": np.mean(k < compared.k_threshold),
                 "worst R-hat": one.r_hat.max(),
                 "energy p (smallest)": one.energy_p.min(),
             }
@@ -236,6 +240,10 @@ class Run:
         print(f"\n{compared.verdict}")
         fit_time = f"{fitting:.0f} s to fit, " if fitting else ""
         print(f"Time: {fit_time}{evaluation:.0f} s to evaluate. Run folder: {self.folder}")
+
+
+def _digest(x: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
 
 
 def _se(values: np.ndarray) -> float:

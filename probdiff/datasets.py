@@ -60,7 +60,7 @@ class SwissRoll:
             squared = jnp.sum(((point - centres) / scale) ** 2, axis=-1)
             return jax.nn.logsumexp(log_weights - 0.5 * squared) + log_normaliser
 
-        x = jnp.asarray(x)
+        x = _points(x, 2)
         flat = jax.lax.map(one, x.reshape(-1, 2), batch_size=1024)
         return flat.reshape(x.shape[:-1])
 
@@ -115,7 +115,14 @@ class GaussianMixture:
 
     def log_prob(self, x: ArrayLike) -> Float[Array, "*batch"]:
         """log Σ_k w_k N(x given m_k, S_k), nats."""
-        return self.distribution.log_prob(jnp.asarray(x))
+        return self.distribution.log_prob(_points(x, np.shape(self.means)[1]))
+
+
+def _points(x: ArrayLike, size: int) -> Float[Array, "*batch D"]:
+    x = jnp.asarray(x)
+    if x.ndim == 0 or x.shape[-1] != size:
+        raise ValueError(f"x has shape {x.shape}; its last axis must be of length {size}")
+    return x
 
 
 def eight_gaussians(radius: float = 2.0, scale: float = 0.15) -> GaussianMixture:
@@ -177,6 +184,8 @@ def load(
         "8-gaussians": eight_gaussians,
     }
     if source in synthetic:
+        if columns or dequantised:
+            raise ValueError(f"{source} is synthetic; columns and dequantise are for tables")
         density = synthetic[source]()
         x = np.asarray(density.sample(key_data, 110_000))
         return Split(x[:100_000], x[100_000:], ("x", "y"), density)
@@ -184,25 +193,29 @@ def load(
         import sklearn.datasets
 
         bunch = getattr(sklearn.datasets, "load_" + source.replace("-", "_"))()
+        if columns or dequantised:
+            raise ValueError(f"{source} is used as it is; columns and dequantise are for tables")
         x, features = bunch.data, [str(name) for name in bunch.feature_names]
-        dequantised = source == "digits"
+        x = dequantise(x, key_data) if source == "digits" else x
     elif Path(source).suffix in READERS:
-        x, features = read_table(source, columns)
+        x, features = read_table(source, columns, key_data if dequantised else None)
     else:
         names = ", ".join([*synthetic, "digits", "wine", "breast-cancer"])
         raise ValueError(f"no data set is called {source!r}; there are {names}, and files in {', '.join(READERS)}")
-    if dequantised:
-        x = dequantise(x, key_data)
     x = check_data(x, x.shape[1:], source, 2, features)
     check_varies(x, source, features)
     return split(x, features, key_split, test_fraction)
 
 
-def read_table(path: str | Path, columns: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
+def read_table(
+    path: str | Path, columns: Sequence[str] | None = None, dequantise_key: Key | None = None
+) -> tuple[np.ndarray, list[str]]:
     """The numbers in a .npy, .csv or .parquet file as an array (N, D), and the names of its columns.
 
-    The columns of a .npy file, an array (N, D), are called "0" to "D−1". Raises `ValueError` for a file that cannot be
-    read, a column that is not there and a column that is not of numbers. Missing entries come back as NaN.
+    The columns of a .npy file, an array (N, D), are called "0" to "D−1". With `dequantise_key`, columns of integers
+    are dequantised; without it they are refused, since a density has no upper bound on them.
+    Raises `ValueError` for a file that cannot be read, a column that is not there and a column that is not of
+    numbers. Missing entries come back as NaN.
     """
     import pandas as pd
 
@@ -234,7 +247,19 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> tuple[
     words = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
     if words:
         raise ValueError(f"{path}: column {words[0]!r} does not hold numbers; leave it out, naming the columns to use")
-    return frame.to_numpy(), list(frame.columns)
+    kinds = pd.api.types
+    whole = [name for name in frame.columns if kinds.is_integer_dtype(frame[name]) or kinds.is_bool_dtype(frame[name])]
+    if whole and dequantise_key is None:
+        raise ValueError(
+            f"{path}: column {whole[0]!r} holds integers, and a density wants continuous data: "
+            "dequantise them (--dequantise), leave them out, or write them with decimals if they were measured"
+        )
+    array = frame.to_numpy(np.float64)
+    if dequantise_key is not None:
+        for i, name in enumerate(frame.columns):
+            if name in whole:
+                array[:, i] = dequantise(array[:, i], jax.random.fold_in(dequantise_key, i))
+    return array, list(frame.columns)
 
 
 READERS = {".npy": "load", ".csv": "read_csv", ".parquet": "read_parquet"}
@@ -272,7 +297,15 @@ def check_data(
 def check_varies(x: np.ndarray, name: str, features: Sequence[str] | None = None) -> None:
     """Raises `ValueError` where a feature of x (N, *event_shape) is constant, so that it cannot be standardised."""
     flat = x.reshape(len(x), -1)
-    constant = np.flatnonzero(flat.std(0) <= 1e-12 * np.abs(flat.mean(0)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        std = flat.std(0)
+    out_of_range = np.flatnonzero((np.ptp(flat, axis=0) > 0) & ~((std > 0) & np.isfinite(std)))
+    if out_of_range.size:
+        names = [features[i] if features else str(i) for i in out_of_range.tolist()]
+        raise ValueError(
+            f"{name} is too large or too small to standardise in feature(s) {some(names)}; change their units"
+        )
+    constant = np.flatnonzero(np.ptp(flat, axis=0) == 0)
     if constant.size:
         names = [features[i] if features else str(i) for i in constant.tolist()]
         raise ValueError(

@@ -100,8 +100,10 @@ def to_datatree(
     """
     d, C = fit.diffusion, fit.num_chains
     x_0 = fit.standardise(x)
-    if len(x_0) == 0 or num_draws < 4:
-        raise ValueError(f"x has {len(x_0)} rows and num_draws is {num_draws}; at least 1 and 4 are needed")
+    if isinstance(num_draws, bool) or not isinstance(num_draws, int | np.integer) or num_draws < 25:
+        raise ValueError(
+            f"num_draws is {num_draws!r}; it must be an integer of at least 25, to fit the tail of the weights"
+        )
     size, log_det = x_0[0].size, float(np.log(fit.scale).sum())
     names = [str(i) for i in range(size)] if features is None else list(features)
     if len(names) != size:
@@ -208,12 +210,14 @@ class Marginals:
     between the two distribution functions (Kolmogorov–Smirnov), each with the band that sampling noise alone stays
     under in 99 % of permutations; the energy distance of all features jointly at this t, with its band and
     p-value; and R̂ of the reverse draws across chains (NaN for one chain). `p_value` is that of the largest energy
-    distance over all t, in units of its noise, and over chains (Bonferroni). `pareto_k` (C, N) is of the weights.
+    distance over all t and chains, in units of its noise. `pareto_k` (C, N) is of the importance weights, and
+    `k_threshold` the value below which they can be trusted.
     """
 
     table: pd.DataFrame
     p_value: float
     pareto_k: np.ndarray
+    k_threshold: float
     num_draws: int
 
     @property
@@ -239,18 +243,23 @@ def marginals(dt: xr.DataTree, *, seed: int = 0, num_permutations: int = 399) ->
     # a datum drawn twice is no new evidence, and the first draws are of different data
     C, n = posterior.sizes["chain"], min(posterior.sizes["draw"], dt["observed_data"].dataset.sizes["datum"])
     times, features = posterior["t"].to_numpy(), posterior["feature"].to_numpy()
+    if n < 2 or num_permutations < 99:
+        raise ValueError(
+            f"there are {n} draws of different data and {num_permutations} permutations; 2 and 99 are needed"
+        )
     rng = np.random.default_rng(seed)
     signs = np.concatenate([np.ones(n), -np.ones(n)])
     labels = np.stack([signs, *(rng.permutation(signs) for _ in range(num_permutations))]).astype(np.float32) / n
     rhat = az.rhat(dt, var_names=["x"])["x"].to_numpy() if C > 1 else np.full((len(times), len(features)), np.nan)
-    frames, p_values = [], []
+    frames, largest = [], np.full(len(labels), -np.inf)
     for c in range(C):
         both = np.concatenate([posterior[c, :n].to_numpy(), forward[c, :n].to_numpy()]).astype(
             np.float32
         )  # (2n, times, features)
         energies = np.stack([_energy(both[:, i], labels) for i in range(len(times))])  # (times, 1 + permutations)
-        largest = ((energies - energies[:, 1:].mean(1, keepdims=True)) / energies[:, 1:].std(1, keepdims=True)).max(0)
-        p_values.append(_p_value(largest))
+        # every labelling is standardised alike, the true one too, so that all are exchangeable where p is q
+        standardised = (energies - energies.mean(1, keepdims=True)) / energies.std(1, keepdims=True)
+        largest = np.maximum(largest, standardised.max(0))
         for i, t in enumerate(times):
             for j, feature in enumerate(features):
                 wasserstein, gap = _one_dimensional(both[:, i, j], labels)
@@ -270,7 +279,8 @@ def marginals(dt: xr.DataTree, *, seed: int = 0, num_permutations: int = 399) ->
                     }
                 )
     k = pareto_k(dt["importance"].dataset["log_weight"]).to_numpy()
-    return Marginals(pd.DataFrame(frames), min(1.0, C * min(p_values)), k, n)
+    threshold = k_threshold(posterior.sizes["draw"])
+    return Marginals(pd.DataFrame(frames), _p_value(largest), k, threshold, n)
 
 
 def _p_value(statistics: np.ndarray) -> float:

@@ -63,8 +63,8 @@ class Gaussian:
         f_μ is the mean of q(x_{t−1} given x_t, x̂_0) at the predicted x̂_0 = √ᾱ_t·x_t + √(1−ᾱ_t)·a, a the
         first D outputs: a = 0 is exact for standard normal data.
         f_Σ = β_t·M·Mᵀ, M lower triangular with M_ii = √(ρ_t + (1−ρ_t)·exp(2·8·tanh(b_ii/8))) and M_ij = (1−ρ_t)·b_ij,
-        ρ_t as in `NoiseLevels.noise_kept`. So f_Σ lies above β_t·ρ_t, the variance when x_0 is known, and
-        equals β_t at b = 0; it is β_t·I throughout for covariance "fixed".
+        ρ_t as in `NoiseLevels.noise_kept`. So f_Σ is β_t·I at b = 0, and the variance of each coordinate given those
+        before it lies above β_t·ρ_t, the variance when x_0 is known. For covariance "fixed" f_Σ is β_t·I throughout.
         """
         size = math.prod(self.event_shape)
         batch_shape = outputs.shape[:-1]
@@ -77,7 +77,7 @@ class Gaussian:
         if self.covariance == "fixed":
             return self._isotropic(f_mu, step_std)
         rho = jnp.asarray(noise.noise_kept(t))[..., None]
-        # bounded, so that no step of an optimiser can make a variance overflow or vanish
+        # bounded, so that no step of an optimiser can make the diagonal overflow or vanish
         log_diagonal = 8 * jnp.tanh(outputs[..., size : 2 * size] / 8)
         diagonal = jnp.sqrt(rho + (1 - rho) * jnp.exp(2 * log_diagonal))
         scale = jnp.asarray(step_std)[..., None] * diagonal

@@ -60,7 +60,8 @@ class LogLikelihood:
 
     @property
     def standard_error(self) -> Any:
-        return self.values.std(-1, ddof=1) / np.sqrt(self.values.shape[-1])
+        n = self.values.shape[-1]
+        return self.values.std(-1, ddof=1) / np.sqrt(n) if n > 1 else np.full(self.values.shape[:-1], np.nan)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,7 +1,7 @@
 """Networks for the reverse kernel, as Equinox modules.
 
 A network is any Equinox module called as `network(x_t, log_snr) -> outputs` on one datum: x_t of
-shape `event_shape`, log_snr a scalar, outputs of shape (num_outputs,), as the family counts them. A
+shape `event_shape`, log_snr a scalar in [−30, 30], outputs of shape (num_outputs,), as the family counts them. A
 recipe such as `ResidualMLP` has `build(rng_key, event_shape, num_outputs)`, which returns one.
 """
 
@@ -44,7 +44,7 @@ class ResidualMLPModule(eqx.Module):
 class ResidualMLP:
     """Recipe for a residual multilayer perceptron of `depth` blocks of `width` units.
 
-    Raises `ValueError` where width or depth is below 1.
+    Raises `ValueError` where width or depth is no integer of at least 1.
     """
 
     width: int = 128
@@ -53,8 +53,9 @@ class ResidualMLP:
 
     def __post_init__(self) -> None:
         for name in ("width", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
 
     def build(self, rng_key: Key, event_shape: tuple[int, ...], num_outputs: int) -> ResidualMLPModule:
         """The initialised module for data of `event_shape`."""

@@ -118,7 +118,8 @@ def marginal_distances(report: Marginals) -> Figure:
     )
     for k in report.pareto_k:
         right.hist(k[np.isfinite(k)], bins=40, alpha=0.6, color=_REVERSE)
-    right.axvline(0.7, color="gray", ls="--", label="0.7: not to be trusted beyond")
+    label = f"{report.k_threshold:.2f}: not to be trusted beyond"
+    right.axvline(report.k_threshold, color="gray", ls="--", label=label)
     right.set(xlabel="Pareto k̂ of the importance weights", ylabel="data", title="importance weights, N14")
     for axes in (left, middle, right):
         axes.legend(fontsize="small")

@@ -179,7 +179,7 @@ class Fit:
         self, x: ArrayLike, *, rng_key: Key, num_draws: int = 500, features: Sequence[str] | None = None
     ) -> xr.DataTree:
         """The fit and what it says of x (N, *event_shape) as a `DataTree` for ArviZ; see `diagnostics.to_datatree`."""
-        return diagnostics.to_datatree(self, x, rng_key=rng_key, num_draws=num_draws, features=features)
+        return diagnostics.to_datatree(self, x, rng_key=check_key(rng_key), num_draws=num_draws, features=features)
 
     def save(self, path: str | Path) -> None:
         """Writes the fit to one .npz file, whole or not at all; `Fit.load` reads it. Raises `OSError`."""
@@ -195,6 +195,9 @@ class Fit:
                 validation=self.stacked_validation,
                 loc=self.loc,
                 scale=self.scale,
+                event_shape=self.diffusion.event_shape,
+                covariance=self.diffusion.covariance,
+                beta=np.asarray(self.noise_levels.beta),
                 **leaves,  # type: ignore[arg-type]  # no leaf is called allow_pickle
             )
 
@@ -208,6 +211,13 @@ class Fit:
             raise ValueError(f"{path} does not exist") from None
         except Exception as error:  # a damaged archive fails in many ways
             raise ValueError(f"{path} could not be read as a fit: {error}") from error
+        if not {"names", "beta", "event_shape", "covariance", "losses", "validation", "loc", "scale"} <= set(arrays):
+            raise ValueError(f"{path} could not be read as a fit: it holds other arrays")
+        for name, mine in (("event_shape", list(d.event_shape)), ("covariance", d.covariance)):
+            if arrays[name].tolist() != mine:
+                raise ValueError(
+                    f"{path} holds the fit of another diffusion: its {name} is {arrays[name].tolist()}, not {mine}"
+                )
         template = jax.eval_shape(partial(_initial_params, d), jax.random.key(0))
         wanted, treedef = jax.tree_util.tree_flatten_with_path(template)
         names = [jax.tree_util.keystr(path) for path, _ in wanted]
@@ -220,7 +230,11 @@ class Fit:
                     f"{path} holds the fit of another diffusion: {name} is {leaf.shape[1:]}, not {like.shape}"
                 )
         params = jax.tree.unflatten(treedef, [jnp.asarray(leaf) for leaf in leaves])
-        return cls(d, params, arrays["losses"], arrays["validation"], arrays["loc"], arrays["scale"])
+        fit = cls(d, params, arrays["losses"], arrays["validation"], arrays["loc"], arrays["scale"])
+        beta = np.asarray(fit.noise_levels.beta)
+        if beta.shape != arrays["beta"].shape or not np.allclose(beta, arrays["beta"], rtol=1e-5, atol=0):
+            raise ValueError(f"{path} holds the fit of another diffusion: its β_t are not those of this schedule")
+        return fit
 
     def _of(self, c: int) -> Params:
         return training.chain(self.stacked_params, c)

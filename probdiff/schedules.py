@@ -47,9 +47,6 @@ class NoiseLevels(eqx.Module):
         log_alpha_bar = self.log_alpha_bar[..., 1:]
         return log_alpha_bar - jnp.log(-jnp.expm1(log_alpha_bar))
 
-    def beta_at(self, t: Time) -> Float[Array, "..."]:
-        return self.beta[jnp.asarray(t) - 1]
-
     def step(self, t: Time) -> tuple[Array, Array]:
         """√(1−β_t) and √β_t: mean coefficient and standard deviation of q(x_t given x_{t−1}), N3."""
         index = jnp.asarray(t) - 1

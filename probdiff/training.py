@@ -54,9 +54,11 @@ class Settings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+            object.__setattr__(self, name, int(value))
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.objective not in get_args(Objective):
             raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(get_args(Objective))}")
 
@@ -108,6 +110,8 @@ def train(
     Raises `FloatingPointError` where the loss stops being finite; `FileExistsError` where `checkpoint_dir` holds
     a run and `resume` is false; `ValueError` where it holds a run of another configuration.
     """
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume wants the folder of the run to go on with; pass checkpoint_dir=")
     svi = make_svi(d, settings)
     x = jnp.asarray(x)
     init_key, batch_key, validation_key = jax.random.split(rng_key, 3)
@@ -163,6 +167,10 @@ def train(
                 ].elbo.mean()
                 for c in range(settings.num_chains)
             ]
+            if not np.all(np.isfinite(elbo)):
+                raise FloatingPointError(
+                    f"the validation ELBO is {elbo} at step {stop}; look for outliers in validation"
+                )
             best = np.fmax.reduce(progress["validation"], axis=1, initial=-np.inf)
             progress["validation"][:, check] = elbo
             progress["best"] = _choose(elbo > best, params, progress["best"])

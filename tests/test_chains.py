@@ -257,8 +257,13 @@ def test_condition_and_substitute_fix_a_site(stacked):
         for name, value in fixed.items():
             np.testing.assert_array_equal(trace[name]["value"], value)
     # a conditioned x_1 alone decides the law of x_0
-    one = handlers.condition(handlers.substitute(d.reverse, data=params), data={"x_1": jnp.ones(2)})
-    assert handlers.trace(handlers.seed(one, 0)).get_trace()["x_1"]["is_observed"]
+    reverse = handlers.substitute(d.reverse, data=params)
+    for seed in (0, 1):
+        one = handlers.seed(handlers.condition(reverse, data={"x_1": jnp.ones(2)}), seed)
+        x_0 = handlers.trace(one).get_trace()["x_0"]["fn"]
+        kernel = handlers.substitute(d.components, data=params)()[1](jnp.ones(2), 1)
+        np.testing.assert_allclose(x_0.mean, kernel.mean)
+        np.testing.assert_allclose(x_0.covariance_matrix, kernel.covariance_matrix)
 
 
 def test_trace_has_the_named_sites_in_order():
@@ -373,6 +378,9 @@ def test_any_equinox_module_can_be_the_network():
     svi = SVI(d.reverse_at_time, d.forward_at_time, optax.adam(1e-2), TraceMeanField_ELBO())
     result = svi.run(jax.random.key(2), 50, x, progress_bar=False)
     assert not np.allclose(result.params["network$params"].layer.weight, module.layer.weight)
+    # β_T = 1: the network is shown a finite log-SNR
+    ends_in_noise = GaussianDiffusion((2,), schedules.harmonic(4), module, "full")
+    assert np.all(np.isfinite(handlers.seed(ends_in_noise.reverse, 0)()))
 
 
 @pytest.mark.parametrize(
@@ -380,6 +388,7 @@ def test_any_equinox_module_can_be_the_network():
     [
         (lambda: mlp_diffusion("banded"), "covariance is 'banded'"),
         (lambda: mlp_diffusion(event_shape=()), "event_shape is"),
+        (lambda: mlp_diffusion(event_shape=(2.5,)), "event_shape is"),
         (lambda: mlp_diffusion(event_shape=(4, 4)), "wants a vector"),
         (lambda: networks.ResidualMLP(width=0), "width is 0"),
         (

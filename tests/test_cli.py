@@ -92,6 +92,14 @@ def test_report_prints_the_same_table(own, probdiff):
     pd.testing.assert_frame_equal(pd.read_csv(own / "summary.csv"), before)
 
 
+def test_report_refuses_a_table_that_has_changed(own, probdiff):
+    table = pd.read_csv("own.csv")
+    table[::-1].to_csv("own.csv", index=False)
+    code, _, err = probdiff("report", own)
+    assert code == 1
+    assert err == "probdiff: own.csv has changed since the fit, so its held-out rows are not known\n"
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".csv", ".parquet"])
 def test_sample_writes_draws_in_the_units_of_the_data(own, probdiff, suffix):
     out = f"draws{suffix}"
@@ -165,7 +173,9 @@ ONE_LINE = {
     "not a number": (["fit", "words.csv"], "column 'name' does not hold numbers"),
     "unknown column": (["fit", "good.csv", "--columns", "a,z"], "no column 'z'; its columns are a, b"),
     "NaN": (["fit", "holes.csv"], "holes.csv has 1 entries that are NaN or infinite, in row(s) 7 and column(s) b"),
-    "integers": (["fit", "whole.csv"], "--dequantise"),
+    "integers": (["fit", "whole.csv"], "column 'a' holds integers"),
+    "some integers": (["fit", "mixed.csv"], "column 'b' holds integers"),
+    "option of tables": (["fit", "--columns", "x"], "swiss-roll is synthetic"),
     "empty": (["fit", "empty.csv"], "empty.csv could not be read"),
     "no rows": (["fit", "none_left.csv"], "0 row(s)"),
     "one row": (["fit", "one.csv"], "1 row(s)"),
@@ -191,6 +201,7 @@ def test_mistakes_are_told_in_one_line(probdiff, case):
     good.assign(b=1.0).to_csv("constant.csv", index=False)
     good.mask((good.index == 7)[:, None] & [False, True]).to_csv("holes.csv", index=False)
     good.round().astype(int).to_csv("whole.csv", index=False)
+    good.assign(b=range(40)).to_csv("mixed.csv", index=False)
     good[:0].astype(float).to_csv("none_left.csv", index=False)
     good[:1].to_csv("one.csv", index=False)
     Path("empty.csv").touch()

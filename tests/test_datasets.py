@@ -133,6 +133,24 @@ def test_tables_are_read_as_they_were_written(tmp_path, suffix):
     np.testing.assert_allclose(one, x[:, 2:], rtol=1e-14)
 
 
+def test_columns_of_integers_are_dequantised_and_no_others(tmp_path):
+    frame = pd.DataFrame({"a": [0.5, 1.5, 2.5], "n": [3, 1, 2], "yes": [True, False, True]})
+    frame.to_csv(tmp_path / "mixed.csv", index=False)
+    with pytest.raises(ValueError, match="column 'n' holds integers"):
+        datasets.read_table(tmp_path / "mixed.csv")
+    array, _ = datasets.read_table(tmp_path / "mixed.csv", dequantise_key=KEY)
+    np.testing.assert_array_equal(array[:, 0], frame["a"])
+    np.testing.assert_array_equal(np.floor(array[:, 1:]), frame[["n", "yes"]].astype(float))
+    assert np.all(array[:, 1:] > frame[["n", "yes"]].astype(float))
+
+
+@pytest.mark.parametrize("density", [datasets.SwissRoll(), datasets.eight_gaussians()])
+@pytest.mark.parametrize("shape", [(4, 1), (4, 3), ()])
+def test_points_of_another_size_have_no_density(density, shape):
+    with pytest.raises(ValueError, match="last axis must be of length 2"):
+        density.log_prob(np.zeros(shape))
+
+
 def test_tables_that_cannot_be_used_are_refused(tmp_path):
     table = tmp_path / "table.csv"
     table.write_text("a,b,word\n1.0,2.0,x\n3.0,4.0,y\n")

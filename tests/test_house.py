@@ -23,6 +23,8 @@ def test_imports_point_upwards(name):
     source = (PACKAGE / f"{name}.py").read_text()
     assert len(source.splitlines()) <= 400
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("probdiff") for alias in node.names)
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "probdiff":
             module = (node.module or "").split(".")[1:]
             for imported in module or [alias.name for alias in node.names]:

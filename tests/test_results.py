@@ -115,6 +115,15 @@ def test_saved_fit_is_read_back_the_same(fitted, x, tmp_path):
         Fit.load(tmp_path / "fit.npz", mlp_diffusion(width=9))
     with pytest.raises(ValueError, match="another diffusion"):
         Fit.load(tmp_path / "fit.npz", mlp_diffusion(schedule=schedules.cosine(5)))
+    with pytest.raises(ValueError, match="another diffusion: its covariance"):
+        Fit.load(tmp_path / "fit.npz", mlp_diffusion("diagonal"))
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match="it holds other arrays"):
+        Fit.load(tmp_path / "other.npz", fitted.diffusion)
+    cosine = small(mlp_diffusion(schedule=schedules.cosine(5)), num_steps=5, check_every=5)(x)
+    cosine.save(tmp_path / "cosine.npz")
+    with pytest.raises(ValueError, match="its β_t are not those"):
+        Fit.load(tmp_path / "cosine.npz", mlp_diffusion(schedule=schedules.linear(5)))
     with pytest.raises(ValueError, match="does not exist"):
         Fit.load(tmp_path / "none.npz", fitted.diffusion)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "fit.npz").read_bytes()[:500])
@@ -162,6 +171,7 @@ def bad(x, row, column, value):
         (lambda x: x[:1], ValueError, r"x has 1 row\(s\); it must have at least 2"),
         (lambda x: x * [1.0, 0.0] + 3, ValueError, r"same value in every row of feature\(s\) 1"),
         (lambda x: x * [0.0, 1.0], ValueError, r"same value in every row of feature\(s\) 0"),
+        (lambda x: x * 1e200, ValueError, "too large or too small to standardise"),
         (lambda x: x[:20], ValueError, "batch_size is 64; x has 20 rows"),
     ],
 )
@@ -178,6 +188,10 @@ def test_bad_arguments_are_refused(x, single):
         probdiff.fit(d, x, rng_key=jax.random.split(KEY))
     with pytest.raises(ValueError, match="patience wants validation data"):
         small(patience=3)(x)
+    with pytest.raises(ValueError, match="pass checkpoint_dir="):
+        small(resume=True)(x)
+    with pytest.raises(TypeError, match="rng_key is 0"):
+        single.to_datatree(x[:50], rng_key=0)
     with pytest.raises(ValueError, match="validation has shape"):
         small(validation=x[:, :1])(x)
     with pytest.raises(TypeError, match="num_step"):
