@@ -46,7 +46,7 @@ class GaussianDiffusion:
     Every program takes `x_0` of shape `event_shape` (one datum) or (N, *event_shape), whose rows are
     the plate "data" of size N, of which `subsample_size` draws a part. `stacked=True` gives the same
     density with one site "x" whose leading axis is time, in the order of the explicit sites, by `scan`:
-    it compiles as fast at T = 1000 as at T = 10. Params: those of the schedule, and "network$params".
+    the body is compiled once, whatever T is. Params: those of the schedule, and "network$params".
 
     Raises `ValueError` or `TypeError` for an x_0 of another shape or of integers.
     """

@@ -34,10 +34,6 @@ class NoiseLevels(eqx.Module):
     log_alpha_bar: Float[Array, " T+1"]
 
     @property
-    def num_timesteps(self) -> int:
-        return self.beta.shape[-1]
-
-    @property
     def alpha_bar(self) -> Float[Array, " T+1"]:
         return jnp.exp(self.log_alpha_bar)
 

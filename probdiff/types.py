@@ -12,7 +12,6 @@
 x_0 is data and x_T is noise. `beta[t - 1]` is β_t. Log densities are in nats.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,4 +22,3 @@ type Time = int | Int[Array, "..."]
 type Event = Float[Array, "*batch *event"]
 type Data = Float[Array | np.ndarray, "N *event"]
 type Params = dict[str, Any]
-type Program = Callable[..., Any]
