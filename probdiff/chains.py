@@ -181,17 +181,8 @@ class GaussianDiffusion:
         any batch shape, and one t or a t per datum.
         """
         noise = self.schedule()
-        params, static = eqx.filter_eval_shape(self._build, jax.random.key(0))
         params = numpyro.param("network$params", lambda rng_key: self._build(rng_key)[0])
-        axes = ",".join("abcdefgh"[: len(self.event_shape)])
-        network = jnp.vectorize(eqx.combine(params, static), signature=f"({axes}),()->(p)")
-
-        def kernel(x_t: Event, t: Time) -> dist.Distribution:
-            # −∞ where β_T = 1, which no network should have to expect
-            log_snr = jnp.clip(noise.log_snr[jnp.asarray(t) - 1], -30.0, 30.0)
-            return self.family.kernel(x_t, network(x_t, log_snr), noise, t)
-
-        return noise, kernel
+        return noise, lambda x_t, t: _kernel(self, params, noise, x_t, t)
 
     def _draw_t(self, x_0: Event) -> Time:
         batch_shape = self._batch_shape(x_0)
@@ -229,6 +220,18 @@ class GaussianDiffusion:
         plate = numpyro.plate("data", shape[0], subsample_size=subsample_size)
         with plate as index:
             return plate, x_0 if subsample_size is None else x_0[index]
+
+
+# compiled on its own, so that a program that runs without `jit` compiles one kernel and not T of them
+@partial(jax.jit, static_argnums=0)
+def _kernel(d: GaussianDiffusion, params: eqx.Module, noise: NoiseLevels, x_t: Event, t: Time) -> dist.Distribution:
+    """p(x_{t−1} given x_t), N8."""
+    _, static = eqx.filter_eval_shape(d._build, jax.random.key(0))
+    axes = ",".join("abcdefgh"[: len(d.event_shape)])
+    network = jnp.vectorize(eqx.combine(params, static), signature=f"({axes}),()->(p)")
+    # −∞ where β_T = 1, which no network should have to expect
+    log_snr = jnp.clip(noise.log_snr[jnp.asarray(t) - 1], -30.0, 30.0)
+    return d.family.kernel(x_t, network(x_t, log_snr), noise, t)
 
 
 class ForwardStep(dist.Independent):

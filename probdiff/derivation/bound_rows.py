@@ -1,0 +1,202 @@
+"""The rows of the likelihood and its bound: N9, N11, N12 and N14–N17."""
+
+import jax
+import numpy as np
+from numpyro import handlers
+from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from scipy.special import logsumexp
+
+from probdiff.derivation.evidence import Estimate, Evidence, Finding, NotApplicable
+from probdiff.derivation.ledger import Comparison, compare, machine, monte_carlo
+
+_ELBO_DRAWS = 200
+
+
+def n9(e: Evidence) -> Finding:
+    left, right = _two_routes(e)
+    comparison, n = e.mean_log_p("L, mean of log p(x_0)", left, right)
+    return [comparison], f"L over {n} of {len(e.x_0)} data; nats", None
+
+
+def n11(e: Evidence) -> Finding:
+    log_p = _best(e).log_p
+    n = len(log_p)
+    if n < 4:
+        return [], f"L is {log_p.mean():.4g} nats; {n} data give no standard error", None
+    order = np.asarray(jax.random.permutation(e.key(), n))
+    halves = log_p[order[: n // 2]], log_p[order[n // 2 :]]
+    error = np.sqrt(log_p.var(ddof=1) * (1 / len(halves[0]) + 1 / len(halves[1])))
+    detail = f"L is {log_p.mean():.4g} ± {log_p.std(ddof=1) / np.sqrt(n):.2g} nats, the standard error over {n} samples"
+    name = "L from samples of q(x_0) alone"
+    return [monte_carlo(name, "one half", halves[0].mean(), "the other", halves[1].mean(), error, e.rate)], detail, None
+
+
+def n12(e: Evidence) -> Finding:
+    found, detail = [], ""
+    if e.grid is not None:
+        allowed = max(abs(grid.mass - e.grid.mass) for grid in e.grid.coarser()) + e.rounding(np.ones(1))
+        found += [compare("∫ p(x_0) dx_0", "quadrature", e.grid.mass, "one", 1.0, allowed, "quadrature")]
+    if e.p is not None and e.exact is not None:
+        path = [e.flat(e.draws[0][t][0]) for t in range(e.pair.num_timesteps + 1)]
+        posterior = e.p.flipped().log_prob_given_first(path).sum()
+        name, by_bayes = "log p(x_0), all data", "log p(x_0…x_T) − log p(x_1…x_T | x_0) on a path"
+        allowed = e.rounding_of_paths(e.pair.p)
+        found += [machine(name, "closed form", e.exact.log_p.sum(), by_bayes, e.totals["p"] - posterior, allowed)]
+        if e.grid is not None:
+            error = np.max([np.abs(grid.log_p - e.grid.log_p) for grid in e.grid.coarser()], 0) + e.exact.error
+            name = "log p(x_0)"
+            found += [compare(name, "closed form", e.exact.log_p, "quadrature", e.grid.log_p, error, "quadrature")]
+    left, right = (e.exact, e.ancestral) if e.exact is not None else (e.ancestral, e.importance)
+    use = left.trusted & right.trusted
+    if use.any():
+        found += [_ratio(e, "p(x_0), mean ratio", right, left)]
+        detail = f"{right.route} for {use.sum()} of {len(use)} data"
+    elif found:
+        detail = f"{right.route} have no say: their median k̂ is {np.median(right.pareto_k):.2f}"  # type: ignore[arg-type]
+    else:
+        _ = e.mean_log_p("", left, right)  # which says why not
+    return found, detail, None
+
+
+def n14(e: Evidence) -> Finding:
+    weights, other = e.importance, e.exact or e.ancestral
+    k, w = weights.pareto_k, np.exp(e.log_weights - e.log_weights.max(0))
+    assert k is not None
+    ess = w.sum(0) ** 2 / np.sum(w**2, 0)
+    state = (
+        f"effective sample size {np.median(ess):.0f} of {len(w)} in the median, {ess.min():.0f} at least; "
+        f"k̂ {np.median(k):.2f} in the median, {k.max():.2f} at most"
+    )
+    bad = int(np.sum(~(weights.trusted & other.trusted)))
+    if bad == len(k):
+        raise NotApplicable(f"the estimate fails, which says nothing of the identity: {state}")
+    if bad:
+        state += f"; for {bad} of {len(k)} data the estimate fails, which says nothing of the identity"
+    return [_ratio(e, "E_q[w] over p(x_0), mean over data", weights, other)], state, None
+
+
+def n15(e: Evidence) -> Finding:
+    comparison, n = e.mean_log_p("L = mean of log E_q[w]", e.exact or e.ancestral, e.importance)
+    return [comparison], f"{n} of {len(e.x_0)} data", None
+
+
+def n16(e: Evidence) -> Finding:
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(e.key())))
+    x, y = np.exp(rng.normal(0, 2, size=(2, 500)))
+    s = rng.uniform(size=500)
+    slopes, offsets = rng.normal(size=(2, 20))
+    convex = {
+        "the largest of 20 random lines": lambda v: np.max(np.outer(slopes, v) + offsets[:, None], 0),
+        "a random sum of exponentials": lambda v: np.abs(offsets) @ np.exp(np.outer(slopes / 10, v) / 10),
+        "−log": lambda v: -np.log(v),
+    }
+    found = []
+    for name, f in convex.items():
+        chord, curve = s * f(x) + (1 - s) * f(y), f(s * x + (1 - s) * y)
+        rounding = 1e-13 * (np.abs(chord) + np.abs(curve))
+        found += [
+            machine(f"f is {name}", "s·f(x) + (1−s)·f(y)", chord, "f(s·x + (1−s)·y)", curve, rounding, at_least=True)
+        ]
+    w = e.log_weights
+    log_mean = logsumexp(w, axis=0) - np.log(len(w))
+    found += [
+        machine(
+            "the drawn weights, each datum",
+            "log of the mean",
+            log_mean,
+            "mean of the log",
+            w.mean(0),
+            1e-12 * np.abs(w).max(),
+            at_least=True,
+        )
+    ]
+    return (
+        found,
+        f"Jensen's gap of the {len(w)} drawn weights: {np.mean(log_mean - w.mean(0)):.3g} nats on average",
+        None,
+    )
+
+
+def n17(e: Evidence) -> Finding:
+    pair, w = e.pair, e.log_weights
+    by_hand, error = w.mean(), w.mean(1).std() / np.sqrt(len(w))
+    # the same path in NumPyro's ELBO
+    fixed = handlers.substitute(pair.q.program, data={f"x_{t}": e.point(0)[t] for t in pair.q.times})
+    loss = Trace_ELBO().loss(jax.random.key(0), pair.params, pair.p.program, fixed, pair.x)
+    rounding = 100 * e.eps * sum(np.abs(np.float64(v[0])).sum() for part in e.draws[1:] for v in part.values())
+    found = [
+        machine("K of one path of each datum", "Trace_ELBO", -float(loss), "written out by hand", w[0].sum(), rounding)
+    ]
+    best, detail = _best(e), f"K is {by_hand:.5g} ± {error:.2g} nats per datum"
+    reference, reference_error = by_hand, error
+    if e.elbo_and_gap is not None:
+        k, distance, allowance, route = e.elbo_and_gap
+        reference, reference_error = k.mean(), 0.0
+        found += [
+            monte_carlo("K", route, k.mean(), "draws, by hand", by_hand, error, e.rate, allowance + e.rounding(k)),
+            compare(
+                "L − K of each datum",
+                route,
+                best.log_p - k,
+                "E_q KL(q(x_1…x_T | x_0) ‖ p(x_1…x_T | x_0)), by Bayes' rule",
+                distance,
+                10 * allowance + 1e-9,
+                route,
+            ),
+            compare("L − K of each datum", route, best.log_p - k, "zero", 0.0, allowance, route, at_least=True),
+        ]
+        detail = f"L − K is {np.mean(best.log_p - k):.4g} nats; K is {k.mean():.5g}"
+    else:
+        use = best.trusted
+        if use.any():
+            weights = use / use.sum()
+            gap = best.log_p[use].mean() - w[:, use].mean()
+            deviation = np.sqrt(best.variance(weights) + (w @ weights).var() / len(w))
+            found += [
+                monte_carlo(
+                    "L − K", best.route, gap, "zero", 0.0, deviation, e.rate, best.bias @ weights, at_least=True
+                )
+            ]
+            detail += f"; L − K is {gap:.3g} ± {deviation:.1g}"
+    forms = dict(e.forms)
+    if not pair.q.ascending or pair.num_timesteps == 1:
+        forms["TraceMeanField_ELBO"] = (pair.p.program, pair.q.program, TraceMeanField_ELBO())
+    for name, form in forms.items():
+        found += [_same_elbo(e, name, form, reference, reference_error)]
+    return found, detail, None
+
+
+def _same_elbo(e: Evidence, name: str, form: tuple, reference: float, error: float) -> Comparison:
+    model, guide, elbo = form
+    keys = jax.random.split(e.key(), _ELBO_DRAWS)
+    draws = jax.vmap(lambda key: -elbo.loss(key, e.pair.params, model, guide, e.pair.x))(keys)
+    draws = np.asarray(draws, np.float64) / len(e.x_0)
+    deviation = np.sqrt(draws.var() / len(draws) + error**2)
+    allowance = e.rounding(draws)
+    return monte_carlo("K", "N17", reference, name, draws.mean(), deviation, e.rate, allowance)
+
+
+def _best(e: Evidence) -> Estimate:
+    """log p(x_0) by the most exact route there is."""
+    if e.exact is not None:
+        return e.exact
+    return e.ancestral if e.ancestral.trusted.sum() >= e.importance.trusted.sum() else e.importance
+
+
+def _two_routes(e: Evidence) -> tuple[Estimate, Estimate]:
+    """An exact value and the better estimate, or both estimates."""
+    if e.exact is None:
+        return e.ancestral, e.importance
+    return e.exact, max(e.ancestral, e.importance, key=lambda one: one.trusted.sum())
+
+
+def _ratio(e: Evidence, name: str, estimate: Estimate, other: Estimate) -> Comparison:
+    """The mean over trusted data of estimate/other, which is one up to Monte Carlo error."""
+    use = estimate.trusted & other.trusted
+    ratio = np.where(use, np.exp(estimate.log_p - other.log_p), 0.0)
+    weights = use / use.sum()
+    deviation = np.sqrt(estimate.variance(weights * ratio) + other.variance(weights * ratio))
+    allowance = 2 * other.bias @ weights + other.error
+    return monte_carlo(
+        name, f"{estimate.route} over {other.route}", ratio @ weights, "one", 1.0, deviation, e.rate, allowance
+    )

@@ -1,0 +1,291 @@
+"""A pair of NumPyro programs, read as the chains q and p over x_0…x_T."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+from numpyro import handlers
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.util import log_density
+
+from probdiff.types import Event, Key, Params
+
+type Program = Callable[..., Any]
+type Path = dict[int, Any]  # x_t by t, (N, *event) or (S, N, *event)
+type Sites = dict[str, dict[str, Any]]
+
+_BLOCK = 2**15  # rows of data to one vectorised call
+
+
+class Chain:
+    """One of the two programs: q, called with x_0, or p, called with x_0 which it observes.
+
+    `problems` says why its sites are not x_0…x_T; nothing else may be asked of a chain that has some.
+    """
+
+    def __init__(self, name: str, program: Program) -> None:
+        self.name, self.program = name, program
+        self.params: Params = {}
+        self.problems: list[str] = []
+        self.times: list[int] = []  # of the sites, in the order of the program
+
+    def trace(self, x_0: Event, values: Mapping[str, Any], rng_key: Key) -> Sites:
+        """The sites of one run, with `values` put in place of params and draws."""
+        seeded = handlers.substitute(handlers.seed(self.program, rng_key), data={**self.params, **values})
+        return handlers.trace(seeded).get_trace(x_0)
+
+    def kernels(self, path: Path) -> dict[int, dist.Distribution]:
+        """The distribution at each site x_t on a path x_0…x_T, without masks."""
+        values = {f"x_{t}": x for t, x in path.items() if t > 0}
+        sites = self.trace(path[0], values, jax.random.key(0))
+        return {t: _unmasked(sites[f"x_{t}"]["fn"]) for t in self.times}
+
+    def total(self, path: Path) -> Float[Array, ""]:
+        """The log density of the path as NumPyro counts it, with masks, scales, factors and all, in nats."""
+        values = {f"x_{t}": path[t] for t in self.times if t > 0}
+        program = handlers.seed(self.program, jax.random.key(0))  # a subsampled plate wants one
+        return log_density(program, (path[0],), {}, {**self.params, **values})[0]
+
+    def log_probs(self, paths: Path) -> dict[int, Float[Array, "S N"]]:
+        """Log densities of the sites on paths (S, N, *event), without masks and scales, in nats."""
+
+        def one(path: Path) -> dict[int, Float[Array, " N"]]:
+            return {t: kernel.log_prob(path[t]) for t, kernel in self.kernels(path).items()}
+
+        return jax.vmap(one)(paths)
+
+    def moments(self, paths: Path) -> dict[int, tuple[Float[Array, "S N D"], Float[Array, "S N D D"]]]:
+        """Mean and covariance of the distribution at each site, on paths (S, N, *event)."""
+
+        def one(path: Path) -> dict[int, tuple[Float[Array, "N D"], Float[Array, "N D D"]]]:
+            return {t: moments(kernel, path[t]) for t, kernel in self.kernels(path).items()}
+
+        return jax.vmap(one)(paths)
+
+    def density_moments(self, path: Path) -> dict[int, tuple[Float[Array, "N D"], Float[Array, "N D D"]]]:
+        """The same, if each kernel is Gaussian, read off its log density."""
+        return {t: density_moments(kernel, path[t]) for t, kernel in self.kernels(path).items()}
+
+    def log_probs_of(self, path: Path, argument: Event) -> dict[int, Float[Array, " N"]]:
+        """Log densities of the sites on a path that includes x_0, the program being called with another x_0."""
+        program = handlers.uncondition(handlers.seed(self.program, jax.random.key(0)))
+        values = {f"x_{t}": x for t, x in path.items()}
+        sites = handlers.trace(handlers.substitute(program, data={**self.params, **values})).get_trace(argument)
+        return {t: _unmasked(sites[f"x_{t}"]["fn"]).log_prob(path[t]) for t in self.times}
+
+    def linearised(self, path: Path) -> dict[int, Float[Array, "N D D"]]:
+        """The Jacobian of each site's mean in the site before it (q that ascends: x_{t−1}; else x_{t+1})."""
+        moving = {t: x for t, x in path.items() if t > 0 or self.ascending}
+        size = math.prod(path[0].shape[1:])
+
+        def means(moving: Path) -> dict[int, Float[Array, "N D"]]:
+            return {t: moments(kernel, path[t])[0] for t, kernel in self.kernels({**path, **moving}).items()}
+
+        def column(direction: Float[Array, " D"]) -> dict[int, Float[Array, "N D"]]:
+            tangents = {t: jnp.broadcast_to(direction.reshape(x.shape[1:]), x.shape) for t, x in moving.items()}
+            return jax.jvp(means, (moving,), (tangents,))[1]
+
+        return {t: jnp.moveaxis(columns, 0, -1) for t, columns in jax.vmap(column)(jnp.eye(size)).items()}
+
+    def curvature(self, path: Path, direction: Path) -> dict[int, Event]:
+        """Hessian of the path's log density times `direction` on x_s alone, for s = 0…T: leading axis s."""
+        times = jnp.arange(len(path))
+
+        def column(s: Array) -> Path:
+            tangents = {t: jnp.where(s == t, x, 0) for t, x in direction.items()}
+            return jax.jvp(jax.grad(self.total), (path,), (tangents,))[1]
+
+        return jax.vmap(column)(times)
+
+    def draw(self, rng_keys: Key, x_0: Event) -> Path:
+        """Paths from the program, without what it observes: leading axis S, that of the keys."""
+
+        def one(rng_key: Key) -> Path:
+            unconditioned = handlers.uncondition(handlers.seed(self.program, rng_key))
+            sites = handlers.trace(handlers.substitute(unconditioned, data=self.params)).get_trace(x_0)
+            return {t: sites[f"x_{t}"]["value"] for t in self.times}
+
+        return jax.vmap(one)(rng_keys)
+
+    @property
+    def ascending(self) -> bool:
+        return self.times == sorted(self.times)
+
+
+def times_of(sites: Sites) -> list[int]:
+    """t of the sites x_t, in order."""
+    found = [re.fullmatch(r"x_(\d+)", name) for name, site in sites.items() if site["type"] == "sample"]
+    return [int(match[1]) for match in found if match]
+
+
+def _problems(name: str, sites: Sites, x_0: Event, wanted: range) -> list[str]:
+    times, (n, *event) = times_of(sites), x_0.shape
+    names = ", ".join(f"x_{t}" for t in times) or "none"
+    want = f"x_{min(wanted)}, …, x_{max(wanted)}"
+    if sorted(times) != list(wanted):
+        hint = "; are model and guide swapped?" if (0 in times) != (0 in wanted) else ""
+        return [f"{name} has the sites {names}, wanted are {want}{hint}"]
+    if times not in (sorted(times), sorted(times, reverse=True)):
+        return [f"{name} runs through its sites as {names}; they must ascend or descend in t"]
+    problems = []
+    for site_name, site in sites.items():
+        if site["type"] != "sample":
+            continue
+        if site_name not in {f"x_{t}" for t in times}:
+            if not site["is_observed"]:
+                problems.append(f"{name} has another latent site {site_name}")
+            continue
+        if site["is_observed"] != (site_name == "x_0"):
+            problems.append(f"{name}'s site {site_name} is {'' if site['is_observed'] else 'not '}observed")
+        fn = site["fn"]
+        if (fn.batch_shape, fn.event_shape) != ((n,), tuple(event)):
+            problems.append(
+                f"{name}'s site {site_name} has batch_shape {fn.batch_shape} and event_shape {fn.event_shape}; "
+                f"for {n} data they must be {(n,)} and {tuple(event)}"
+            )
+    return problems
+
+
+class Pair:
+    """A model p and a guide q, the values of their params, and N data."""
+
+    def __init__(self, model: Program, guide: Program, x: Event, params: Params | None) -> None:
+        self.x = x
+        self.p, self.q = Chain("p", model), Chain("q", guide)
+        sites = {chain.name: self._initial(chain, params or {}) for chain in (self.p, self.q)}
+        times = {name: times_of(found) for name, found in sites.items()}
+        if not any(times.values()) and not (self.p.problems or self.q.problems):
+            names = sorted({name for found in sites.values() for name in found})
+            raise ValueError(f"neither model nor guide has sites x_0, …, x_T; their sites are {', '.join(names)}")
+        self.num_timesteps = max([1, *times["p"], *times["q"]])
+        found = {k: {n: s for n, s in v.items() if s["type"] == "param"} for k, v in sites.items()}
+        declared = {**found["q"], **found["p"]}
+        if params is not None and set(params) != set(declared) and not (self.p.problems or self.q.problems):
+            raise ValueError(
+                f"params has {_names(params)}; the params of the model and the guide are {_names(declared)}"
+            )
+        self.params: Params = {name: jax.tree.map(_as_array, site["value"]) for name, site in declared.items()}
+        self.forward_params = list(found["q"])
+        self.reverse_params = [name for name in found["p"] if name not in found["q"]]
+        self.free = [
+            n for n, s in declared.items() if s["kwargs"].get("constraint", None) in (None, dist.constraints.real)
+        ]
+        for chain, wanted in ((self.p, range(self.num_timesteps + 1)), (self.q, range(1, self.num_timesteps + 1))):
+            chain.params.update(self.params)
+            chain.times = times[chain.name]
+            if not chain.problems:
+                chain.problems += _problems(chain.name, sites[chain.name], x, wanted)
+
+    def _initial(self, chain: Chain, params: Params) -> Sites:
+        chain.params.update(params)
+        try:
+            return chain.trace(self.x, {}, jax.random.key(0))
+        except Exception as error:  # whatever a user's program may raise
+            chain.problems.append(f"{chain.name} cannot be run on x of shape {self.x.shape}: {_one_line(error)}")
+            return {}
+
+    @property
+    def size(self) -> int:
+        """D, the numbers in one datum."""
+        return math.prod(self.x.shape[1:])
+
+    def paths(self, rng_key: Key, num_draws: int) -> tuple[Path, dict[int, np.ndarray], dict[int, np.ndarray]]:
+        """x_0…x_T from q for each datum, (S, N, *event), and the log densities of q's and p's sites, (S, N), nats."""
+        blocks = []
+        for keys in self._blocks(rng_key, num_draws):
+            path = self.q.draw(keys, self.x)
+            path[0] = jnp.broadcast_to(self.x, (len(keys), *self.x.shape))
+            blocks.append((path, self.q.log_probs(path), self.p.log_probs(path)))
+        return tuple({t: np.concatenate([b[i][t] for b in blocks]) for t in blocks[0][i]} for i in range(3))  # type: ignore[return-value]
+
+    def log_p(self, path: Path) -> dict[int, np.ndarray]:
+        """The log densities of p's sites on paths, (S, N), nats."""
+        rows, S = max(1, _BLOCK // len(self.x)), len(path[0])
+        parts = [{t: jnp.asarray(x[i : i + rows]) for t, x in path.items()} for i in range(0, S, rows)]
+        blocks = [self.p.log_probs(part) for part in parts]
+        return {t: np.concatenate([block[t] for block in blocks]) for t in self.p.times}
+
+    def generated(self, rng_key: Key, num_draws: int) -> Path:
+        """x_0…x_T from p: (S, N, *event)."""
+        blocks = [self.p.draw(keys, self.x) for keys in self._blocks(rng_key, num_draws)]
+        return {t: np.concatenate([block[t] for block in blocks]) for t in blocks[0]}
+
+    def log_p_given_x_1(self, x_1: Array | np.ndarray) -> Float[np.ndarray, "S N"]:
+        """log p(x_0 given x_1) of every datum for every x_1 (S, *event), nats."""
+
+        def one(x_1: Event) -> Float[Array, " N"]:
+            path = {t: jnp.broadcast_to(x_1, self.x.shape) for t in self.p.times}
+            return self.p.kernels({**path, 0: self.x})[0].log_prob(self.x)
+
+        rows, many = max(1, _BLOCK // len(self.x)), jax.jit(jax.vmap(one))  # compiled, the other sites fall away
+        blocks = [many(jnp.asarray(x_1[i : i + rows])) for i in range(0, len(x_1), rows)]
+        return np.concatenate([np.asarray(block, np.float64) for block in blocks])
+
+    def _blocks(self, rng_key: Key, num_draws: int) -> list[Key]:
+        keys = jax.random.split(rng_key, num_draws)
+        rows = max(1, _BLOCK // len(self.x))
+        return [keys[i : i + rows] for i in range(0, num_draws, rows)]
+
+    def elbo(self, leaves: Params, rest: Params, rng_key: Key) -> Float[Array, ""]:
+        """K of all data for one path each; the params in two parts, the first with the floating-point leaves."""
+        params = eqx.combine(leaves, rest)
+        return -Trace_ELBO().loss(rng_key, params, self.p.program, self.q.program, self.x)
+
+
+def moments(kernel: dist.Distribution, y: Event) -> tuple[Float[Array, "N D"], Float[Array, "N D D"]]:
+    """Mean and covariance that a distribution states of itself; where it states none, those of `density_moments`."""
+    try:
+        mean, base = _flat(kernel.mean, y), kernel
+        while isinstance(base, dist.ExpandedDistribution):
+            base = base.base_dist
+        if hasattr(base, "covariance_matrix"):
+            return mean, jnp.broadcast_to(base.covariance_matrix, (*mean.shape, mean.shape[1]))
+        return mean, _flat(kernel.variance, y)[..., None] * jnp.eye(mean.shape[1])
+    except NotImplementedError:
+        return density_moments(kernel, y)
+
+
+def density_moments(kernel: dist.Distribution, y: Event) -> tuple[Float[Array, "N D"], Float[Array, "N D D"]]:
+    """Mean and covariance of a Gaussian, read off the first two derivatives of its log density at y (N, *event)."""
+    flat = _flat(y, y)
+
+    def log_prob(flat: Float[Array, "N D"]) -> Float[Array, ""]:
+        return kernel.log_prob(flat.reshape(y.shape)).sum()
+
+    def column(direction: Float[Array, " D"]) -> Float[Array, "N D"]:
+        return jax.jvp(jax.grad(log_prob), (flat,), (jnp.broadcast_to(direction, flat.shape),))[1]
+
+    precision = -jnp.moveaxis(jax.vmap(column)(jnp.eye(flat.shape[1])), 0, -1)
+    cov = jnp.linalg.inv(precision)
+    return flat + jnp.einsum("nij,nj->ni", cov, jax.grad(log_prob)(flat)), cov
+
+
+def _flat(value: Array, like: Event) -> Float[Array, "N D"]:
+    return jnp.broadcast_to(value, jnp.shape(like)).reshape(len(like), -1)
+
+
+def _unmasked(kernel: dist.Distribution) -> dist.Distribution:
+    if isinstance(kernel, dist.MaskedDistribution):
+        return _unmasked(kernel.base_dist)
+    if isinstance(kernel, dist.ExpandedDistribution):
+        return _unmasked(kernel.base_dist).expand(kernel.batch_shape)
+    return kernel
+
+
+def _as_array(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, int | float | np.ndarray) else leaf
+
+
+def _names(params: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(params)) or "none"
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
