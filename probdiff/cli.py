@@ -158,15 +158,14 @@ def check(
             d, data_split = opened.prepare()
             fitted = opened.load(d)
             fitted = fitted.chain(fitted.best if chain is None else chain)
-            x, params = fitted.standardise(data_split.test), jax.tree.map(jax.numpy.asarray, fitted.params)
-        beta = handlers.substitute(d.schedule, data=params)().beta
+            x, params = fitted.standardise(data_split.test), fitted.params
         ledger = derivation.check(
             d.reverse,
             d.forward,
             x,
             rng_key=key,
             params=params,
-            beta=beta,
+            beta=handlers.substitute(d.schedule, data=params)().beta if "beta" not in params else None,
             forms=derivation.forms(d),
             num_draws=num_draws,
             max_data=max_data,

@@ -72,6 +72,20 @@ def test_fit_on_a_table_leaves_the_run_folder(own):
     assert not list(own.glob(".*"))
 
 
+@pytest.mark.slow
+def test_check_prints_the_ledger_of_a_run_and_exits_with_one_where_a_row_fails(own, probdiff, monkeypatch):
+    code, out, err = probdiff("check", own, "--num-draws", 200)
+    assert code == 0, out + err
+    tags = [line.split()[0] for line in out.splitlines() if line.startswith("N")]
+    assert tags[1:] == [f"N{i}" for i in range(1, 18)]  # after the title
+    real = cli.derivation.check
+    swapped = lambda model, guide, *args, **kwargs: real(guide, model, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(cli.derivation, "check", swapped)
+    code, out, err = probdiff("check", own)
+    assert code == 1
+    assert "are model and guide swapped?" in out
+
+
 def test_known_density_gives_the_gap(probdiff):
     code, out, err = probdiff("fit", "8-gaussians", *QUICK, "--num-chains", 1, "--out", "ring")
     assert code == 0, err

@@ -280,7 +280,8 @@ def _unmasked(kernel: dist.Distribution) -> dist.Distribution:
 
 
 def _as_array(leaf: Any) -> Any:
-    return jnp.asarray(leaf) if isinstance(leaf, int | float | np.ndarray) else leaf
+    """A floating-point leaf in the precision that JAX runs in, whatever it was fitted in."""
+    return jnp.asarray(leaf, jnp.result_type(float)) if eqx.is_inexact_array_like(leaf) else leaf
 
 
 def _names(params: Mapping[str, Any]) -> str:
