@@ -9,14 +9,17 @@ KL κ²/12 to the Gaussian of its mean and variance, so
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from jaxtyping import Float
-from numpy.polynomial.hermite_e import hermegauss
+from numpy.polynomial import hermite_e
 from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
 type Row = Float[np.ndarray, " K"]
+
+hermegauss = cache(hermite_e.hermegauss)
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,11 @@ class Mixture:
         )  # q′/q, q″/q, q‴/q
         return float(q3 - 3 * q1 * q2 + 2 * q1**3)
 
-    def reversed_kernel(self, x_t: ArrayLike, beta: float) -> "Mixture":
-        """q(x_{t−1} given x_t) for q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t); x_t (…, 1) gives leading axes."""
+    def reversed_kernel(self, x_t: ArrayLike, beta: ArrayLike) -> "Mixture":
+        """q(x_{t−1} given x_t) for q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t).
+
+        x_t and beta of shape (…, 1) give the mixture leading axes.
+        """
         shrink = np.sqrt(1 - beta)
         variance = 1 / (1 / self.stds**2 + (1 - beta) / beta)
         means = variance * (self.means / self.stds**2 + shrink * np.asarray(x_t) / beta)

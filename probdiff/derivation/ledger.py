@@ -136,7 +136,7 @@ class Row:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ledger:
     """One row for each of N1…N17, in order; `ledger["N3"]` is a row, and `print` and notebooks show all of them.
 
@@ -176,6 +176,8 @@ class Ledger:
 
     def __str__(self) -> str:
         return "\n".join([self.title, *map(str, self.rows), self._summary])
+
+    __repr__ = __str__
 
     @property
     def _summary(self) -> str:
