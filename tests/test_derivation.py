@@ -198,7 +198,7 @@ def test_each_slip_is_caught_at_the_row_that_names_it(slip):
     assert failing == ALSO.get(slip, {tag})
     for row in ledger:  # no other row is judged on what is broken
         if row.verdict == "depends":
-            assert set(row.detail.removeprefix("depends on ").split(", ")) <= failing
+            assert set(row.detail.removeprefix("on ").split(", ")) <= failing
     with pytest.raises(AssertionError, match=f"{tag} .*fails"):
         ledger.assert_holds()
 

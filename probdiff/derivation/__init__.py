@@ -141,7 +141,7 @@ def _rows(e: Evidence) -> dict[str, Row]:
         if problems:
             rows[tag] = Row(by_tag[tag], "fails", detail="; ".join(problems))
         elif broken:
-            rows[tag] = Row(by_tag[tag], "depends", detail=f"depends on {', '.join(sorted(broken, key=_number))}")
+            rows[tag] = Row(by_tag[tag], "depends", detail=f"on {', '.join(sorted(broken, key=_number))}")
         else:
             rows[tag] = _row(by_tag[tag], compute, e)
         roots[tag] = {tag} if rows[tag].verdict == "fails" else broken

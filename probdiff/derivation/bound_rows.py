@@ -9,8 +9,6 @@ from scipy.special import logsumexp
 from probdiff.derivation.evidence import Estimate, Evidence, Finding, NotApplicable
 from probdiff.derivation.ledger import Comparison, compare, machine, monte_carlo
 
-_ELBO_DRAWS = 200
-
 
 def n9(e: Evidence) -> Finding:
     left, right = _two_routes(e)
@@ -65,7 +63,7 @@ def n14(e: Evidence) -> Finding:
     ess = w.sum(0) ** 2 / np.sum(w**2, 0)
     state = (
         f"effective sample size {np.median(ess):.0f} of {len(w)} in the median, {ess.min():.0f} at least; "
-        f"k̂ {np.median(k):.2f} in the median, {k.max():.2f} at most"
+        f"k̂ of half of the draws {np.median(k):.2f} in the median, {k.max():.2f} at most"
     )
     bad = int(np.sum(~(weights.trusted & other.trusted)))
     if bad == len(k):
@@ -168,7 +166,7 @@ def n17(e: Evidence) -> Finding:
 
 def _same_elbo(e: Evidence, name: str, form: tuple, reference: float, error: float) -> Comparison:
     model, guide, elbo = form
-    keys = jax.random.split(e.key(), _ELBO_DRAWS)
+    keys = jax.random.split(e.key(), e.num_draws)
     draws = jax.vmap(lambda key: -elbo.loss(key, e.pair.params, model, guide, e.pair.x))(keys)
     draws = np.asarray(draws, np.float64) / len(e.x_0)
     deviation = np.sqrt(draws.var() / len(draws) + error**2)

@@ -151,8 +151,8 @@ def n6(e: Evidence) -> Finding:
     log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log(np.maximum(1 - e.beta, 1e-200)))])
     sizes = feller.chain_non_gaussianity(e.x_0[:32, 0], log_alpha_bar, e.beta)
     detail = (
-        f"at this chain's own β_t, E KL(q(x_{{t−1}} | x_t) ‖ nearest Gaussian) of the first coordinate, these data being all of q(x_0), adds up to "
-        f"{sizes.sum():.3g} nats over t = 2…T, most at t = {2 + sizes.argmax()}: {sizes.max():.3g}"
+        f"at this chain's own β_t, E KL(q(x_{{t−1}} | x_t) ‖ nearest Gaussian) of the first coordinate, these data "
+        f"being all of q(x_0), adds up to {sizes.sum():.3g} nats over t = 2…T, most at t = {2 + sizes.argmax()}: {sizes.max():.3g}"
     )
     return found, detail, float(sizes.sum())
 

@@ -297,27 +297,38 @@ class Evidence:
 
     @cached_property
     def ancestral(self) -> Estimate:
+        """From draws of p: the half-way estimate, or where that cannot be trusted the plain one, whichever is better.
+
+        Half-way: k is the first at which half of x_0's variance is noise. Plain: k = 1.
+        """
+        half_way = 1
+        if self.q is not None:
+            noise = [np.trace(cov) / self.pair.size for cov in self.q.marginals()[1]]
+            half_way = next((t for t, variance in enumerate(noise) if variance >= 0.5), self.pair.num_timesteps)
+        estimate = self._ancestral(half_way)
+        if half_way == 1 or estimate.trusted.all():
+            return estimate
+        return max(estimate, self._ancestral(1), key=lambda one: one.trusted.sum())
+
+    def _ancestral(self, k: int) -> Estimate:
         """p(x_0) = E_{p(x_k)} E_{q(x_1…x_{k−1} | x_k, x_0)}[p(x_0…x_{k−1} | x_k) / q(x_1…x_{k−1} | x_k, x_0)].
 
-        x_k is drawn from p, for the first k at which half of x_0's variance is noise, and the steps below it from q.
-        Where q is not linear and Gaussian k is 1, and no such steps are there.
+        x_k is drawn from p, and the steps below it from q, for each datum anew.
         """
         path = {t: np.array(x) for t, x in self.generated.items()}
         path[0] = np.broadcast_to(np.asarray(self.pair.x), path[0].shape)
-        log_q, k = np.zeros(path[0].shape[:2]), 1
-        if self.q is not None:
-            covs = [np.trace(cov) / self.pair.size for cov in self.q.marginals()[1]]
-            k = next((t for t, cov in enumerate(covs) if cov >= 0.5), self.pair.num_timesteps)
-            down, T = self.q.flipped(), self.pair.num_timesteps
-            for t in range(k - 1, 0, -1):
-                A, b, S = down.A[T - 1 - t], down.b[T - 1 - t], down.S[T - 1 - t]
-                mean = self.flat(path[t + 1]) @ A.T + b
-                noise = np.asarray(jax.random.normal(self.key(), mean.shape), np.float64)
-                path[t] = (mean + noise @ np.linalg.cholesky(S).T).reshape(path[t].shape).astype(path[t].dtype)
-                drawn = self.flat(path[t]).reshape(-1, self.pair.size)
-                log_q += normal_log_prob(drawn, mean.reshape(drawn.shape), S).reshape(log_q.shape)
+        log_q, T = np.zeros(path[0].shape[:2]), self.pair.num_timesteps
+        down = self.q.flipped() if self.q is not None else None
+        for t in range(k - 1, 0, -1):
+            assert down is not None
+            A, b, S = down.A[T - 1 - t], down.b[T - 1 - t], down.S[T - 1 - t]
+            mean = self.flat(path[t + 1]) @ A.T + b
+            noise = np.asarray(jax.random.normal(self.key(), mean.shape), np.float64)
+            path[t] = (mean + noise @ np.linalg.cholesky(S).T).reshape(path[t].shape).astype(path[t].dtype)
+            drawn = self.flat(path[t]).reshape(-1, self.pair.size)
+            log_q += normal_log_prob(drawn, mean.reshape(drawn.shape), S).reshape(log_q.shape)
         log_p = self.pair.log_p(path)
-        return from_draws("ancestral draws", sum(np.float64(log_p[t]) for t in range(k)) - log_q)
+        return from_draws(f"ancestral draws of x_{k}", sum(np.float64(log_p[t]) for t in range(k)) - log_q)
 
     def mean_log_p(self, name: str, left: Estimate, right: Estimate) -> tuple[Comparison, int]:
         """Compares mean log p(x_0) by two routes, over the data for which both can be trusted, and says how many."""

@@ -13,13 +13,11 @@ from functools import cache
 
 import numpy as np
 from jaxtyping import Float
-from numpy.polynomial import hermite_e
+from numpy.polynomial.hermite_e import hermegauss
 from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
 type Row = Float[np.ndarray, " K"]
-
-hermegauss = cache(hermite_e.hermegauss)
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class Mixture:
 
         x_t and beta of shape (…, 1) give the mixture leading axes.
         """
+        beta = np.asarray(beta)
         shrink = np.sqrt(1 - beta)
         variance = 1 / (1 / self.stds**2 + (1 - beta) / beta)
         means = variance * (self.means / self.stds**2 + shrink * np.asarray(x_t) / beta)
@@ -54,6 +53,13 @@ class Mixture:
         return Mixture(weights, means, np.broadcast_to(np.sqrt(variance), means.shape))
 
 
+@cache
+def _hermite(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of Gauss–Hermite quadrature under N(0, 1)."""
+    z, weights = hermegauss(nodes)
+    return z, weights / np.sqrt(2 * np.pi)
+
+
 def non_gaussianity(q: Mixture, nodes: int = 100) -> Float[np.ndarray, "..."]:
     """KL(q ‖ the Gaussian of its mean and variance), nats, by Gauss–Hermite quadrature; the leading axes of q are kept.
 
@@ -61,7 +67,7 @@ def non_gaussianity(q: Mixture, nodes: int = 100) -> Float[np.ndarray, "..."]:
     """
     mean = np.sum(q.weights * q.means, -1)
     std = np.sqrt(np.sum(q.weights * (q.stds**2 + (q.means - mean[..., None]) ** 2), -1))
-    z, weights = hermegauss(nodes)
+    z, weights = _hermite(nodes)
     x = mean[..., None] + std[..., None] * z
     log_q = logsumexp(
         -0.5 * ((x[..., None] - q.means[..., None, :]) / q.stds[..., None, :]) ** 2 - np.log(q.stds)[..., None, :],
@@ -69,7 +75,7 @@ def non_gaussianity(q: Mixture, nodes: int = 100) -> Float[np.ndarray, "..."]:
         axis=-1,
     )
     log_r = log_q + 0.5 * z**2 + np.log(std)[..., None]
-    return np.sum((np.exp(log_r) * log_r - np.expm1(log_r)) * weights / np.sqrt(2 * np.pi), -1)
+    return np.sum((np.exp(log_r) * log_r - np.expm1(log_r)) * weights, -1)
 
 
 def rate(q: Mixture, x: float, betas: ArrayLike) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
@@ -85,7 +91,7 @@ def chain_non_gaussianity(x_0: Row, log_alpha_bar: Row, beta: Row) -> Float[np.n
     q(x_{t−1}) is the mixture of N(√ᾱ_{t−1}·x_0, 1−ᾱ_{t−1}) over the data; `log_alpha_bar` is that of t = 0…T.
     """
     values = []
-    z, weights = hermegauss(9)
+    z, weights = _hermite(9)
     share = np.full(len(x_0), 1 / len(x_0))
     for t in range(2, len(beta) + 1):
         kept, b = np.exp(log_alpha_bar[t - 1]), beta[t - 1]
@@ -96,5 +102,5 @@ def chain_non_gaussianity(x_0: Row, log_alpha_bar: Row, beta: Row) -> Float[np.n
         # x_t given each datum, on Gauss–Hermite nodes
         x_t = np.sqrt(1 - b) * q.means[:, None] + np.sqrt((1 - b) * (1 - kept) + b) * z
         kl = non_gaussianity(q.reversed_kernel(x_t[..., None], b))
-        values.append(float(np.mean(kl @ weights) / np.sqrt(2 * np.pi)))
+        values.append(float(np.mean(kl @ weights)))
     return np.array(values)
