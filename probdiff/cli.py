@@ -147,12 +147,12 @@ def check(
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
 ) -> None:
     """Check the derivation, N1…N17, on a pair of chains: one row for each statement. Exits with 1 where one fails."""
-    key = jax.random.key(seed)
+    key, key_data, key_params = jax.random.split(jax.random.key(seed), 3)
     with jax.enable_x64(not float32):
         if run is None:
             d = GaussianDiffusion((2,), schedules.LearnedBetas(40), networks.ResidualMLP(), "full")
-            x = np.asarray(datasets.SwissRoll(0.5).sample(key, max_data))
-            params = derivation.typical_params(d, key)
+            x = np.asarray(datasets.SwissRoll(0.5).sample(key_data, max_data))
+            params = derivation.typical_params(d, key_params)
         else:
             opened = Run.open(run)
             d, data_split = opened.prepare()

@@ -193,7 +193,8 @@ def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
     spread = log_weight.max("draw") - log_weight.min("draw")
     equal = spread < 1e-6  # equal weights have no tail to fit
     wiggle = xr.DataArray(np.linspace(0, 1e-3, log_weight.sizes["draw"]), dims="draw")
-    _, k = (-log_weight.where(~equal, wiggle)).azstats.psislw(dim=["draw"])
+    with np.errstate(over="ignore"):  # weights that are worlds apart have k̂ = ∞
+        _, k = (-log_weight.where(~equal, wiggle)).azstats.psislw(dim=["draw"])
     return k.where(~equal, -np.inf)
 
 

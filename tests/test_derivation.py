@@ -17,6 +17,7 @@ from test_chains import exact_elbo
 
 from probdiff import GaussianDiffusion, derivation, networks, schedules
 from probdiff.derivation import feller, linear
+from probdiff.derivation.estimates import from_draws
 from probdiff.derivation.ledger import compare
 
 T = 3
@@ -148,6 +149,23 @@ def _detached(x_t, t):
     return slope[t - 1] * x_t + 0.1 * jnp.tanh(x_t)
 
 
+def _half_detached(t):
+    scale = numpyro.param("scale", jnp.ones(T), constraint=dist.constraints.positive)
+    return (0.5 * scale + 0.5 * jax.lax.stop_gradient(scale))[t - 1] * jnp.sqrt(BETA[t - 1])
+
+
+def affine(mean, std):
+    return dist.TransformedDistribution(
+        dist.Normal(jnp.zeros_like(mean), 1.0), dist.transforms.AffineTransform(mean, std)
+    )
+
+
+ALSO_RIGHT = {
+    "kernels that state no moments": Hand(kernel=affine),
+    "a mean that is linear near the data alone": Hand(mean=lambda x, t: 0.8 * jnp.clip(x, -2.8, 2.8)),
+}
+
+
 SLIPS = {
     "mean without the square root": (Hand(shrink=lambda b: 1 - b), "N3"),
     "mean not shrunk": (Hand(shrink=lambda b: 1.0), "N3"),
@@ -181,12 +199,20 @@ SLIPS = {
     "Laplace kernels": (Hand(kernel=lambda m, s: dist.Laplace(m, s / np.sqrt(2))), "N8"),
     "no event dimension": (NoVector(), "N5"),
     "one draw for all data": (UnevenBatch(), "N5"),
+    "data coupled": (Hand(mean=lambda x, t: f_mu(x, t) + 0.1 * jnp.mean(x, 0)), "N13"),
+    "data in another order": (Hand(mean=lambda x, t: f_mu(x[::-1], t)), "N13"),
+    "a plate of a fixed size": (Hand(model_plate=lambda n: numpyro.plate("data", 16)), "N13"),
+    "a scale at one half detached": (Hand(reverse_std=_half_detached), "N10"),
     "β detached from the gradient": (Hand(seen=jax.lax.stop_gradient), "N4"),
     "β half detached": (Hand(seen=lambda b: 0.5 * b + 0.5 * jax.lax.stop_gradient(b)), "N4"),
     "f_μ detached from the gradient": (Hand(mean=_detached), "N10"),
     "a negative variance": (Hand(std=lambda b: -jnp.sqrt(b)), "N5"),
 }  # fmt: skip
-ALSO = {"q and p swapped": {"N5", "N13"}}  # where one slip is two: both chains have the wrong sites
+ALSO = {  # where one slip is two
+    "q and p swapped": {"N5", "N13"},  # both chains have the wrong sites
+    "data coupled": {"N8", "N13"},  # and f_μ is not as claimed
+    "data in another order": {"N8", "N13"},
+}
 
 
 @pytest.mark.usefixtures("x64")
@@ -201,6 +227,45 @@ def test_each_slip_is_caught_at_the_row_that_names_it(slip):
             assert set(row.detail.removeprefix("on ").split(", ")) <= failing
     with pytest.raises(AssertionError, match=f"{tag} .*fails"):
         ledger.assert_holds()
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ALSO_RIGHT)
+def test_other_right_pairs_hold(name):
+    pair = ALSO_RIGHT[name]
+    for seed in range(2):
+        ledger = derivation.check(pair.model, pair.guide, X, rng_key=jax.random.key(seed), num_draws=300)
+        ledger.assert_holds()
+        assert ledger["N17"].verdict == "holds"
+
+
+@pytest.mark.usefixtures("x64")
+def test_data_that_are_all_zero_hold():
+    derivation.check(RIGHT.model, RIGHT.guide, 0 * X, rng_key=jax.random.key(0), num_draws=300).assert_holds()
+
+
+@pytest.mark.usefixtures("x64")
+def test_where_no_estimate_can_be_trusted_nothing_is_concluded(monkeypatch):
+    monkeypatch.setattr("probdiff.derivation.evidence.grid", lambda *_: None)
+    far_off = Hand(mean=lambda x, t: 2.0 - f_mu(x, t), reverse_std=lambda t: 0.02)
+    ledger = derivation.check(far_off.model, far_off.guide, X, rng_key=jax.random.key(0), num_draws=300)
+    for tag in ("N9", "N11", "N12", "N14", "N15", "N17"):
+        assert ledger[tag].verdict == "not applicable", str(ledger[tag])
+    assert "k̂" in ledger["N17"].detail
+    assert ledger["N17"].comparisons  # K is the same by all routes all the same
+
+
+def test_estimates_are_trusted_by_draws_that_they_do_not_use():
+    rng = np.random.default_rng(0)
+    light, heavy = rng.normal(0, 0.3, size=(1000, 8)), rng.normal(0, 3.0, size=(1000, 8))
+    good, bad = from_draws("", light), from_draws("", heavy)
+    assert good.trusted.all()
+    assert not bad.trusted.any()
+    error = np.sqrt(good.variance(np.full(8, 1 / 8)))
+    assert abs(np.mean(good.log_p - 0.3**2 / 2)) < 4 * error + good.bias.mean()
+    changed = light.copy()
+    changed[::2] = 0.0  # the half that the estimate is from
+    np.testing.assert_array_equal(from_draws("", changed).pareto_k, good.pareto_k)
 
 
 @pytest.mark.usefixtures("x64")
@@ -367,6 +432,7 @@ def test_the_ledger_reads_as_text_table_and_html():
     assert all(f"N{i} " in text for i in range(1, 18))
     assert "are model and guide swapped?" in text
     assert "erratum" in text
+    assert ledger.comparisons().empty
     frame = ledger.to_frame()
     assert list(frame.index) == [f"N{i}" for i in range(1, 18)]
     assert frame.loc["N13", "verdict"] == "fails"
@@ -400,6 +466,7 @@ BAD = {
     "rng_key": ({"rng_key": 0}, "rng_key is 0"),
     "params": ({"params": {"bta": 1.0}}, "params has bta; the params of the model and the guide are beta, slope"),
     "forms": ({"forms": {"a": 1}}, r"forms\['a'\] is 1"),
+    "a form without an elbo": ({"forms": {"a": (RIGHT.model, RIGHT.guide, None)}}, r"forms\['a'\] is"),
     "no sites": ({"model": lambda x: None, "guide": lambda x: None}, "neither model nor guide has sites"),
 }
 

@@ -10,7 +10,8 @@ import probdiff
 ORDER = [
     "types", "files", "datasets", "schedules", "families", "networks", "chains", "likelihood", "training",
     "diagnostics", "plots", "results",
-    "derivation.statements", "derivation.ledger", "derivation.pair", "derivation.gradient", "derivation.linear",
+    "derivation.statements", "derivation.ledger", "derivation.estimates", "derivation.pair", "derivation.gradient",
+    "derivation.linear",
     "derivation.quadrature", "derivation.feller", "derivation.evidence", "derivation.chain_rows",
     "derivation.bound_rows", "derivation", "cli",
 ]  # fmt: skip

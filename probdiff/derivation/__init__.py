@@ -75,7 +75,8 @@ def check(
 
     p(x_0) is a closed form where the reverse chain is linear and Gaussian, quadrature where D = 1, else an estimate
     from draws, whose failure (k̂) is told apart from that of the identity. A right pair fails any row by Monte Carlo
-    error with probability at most `failure_rate`. Tolerances of rounding are those of JAX's current precision.
+    error with probability at most `failure_rate`, to the accuracy with which means of draws are normal. Tolerances of
+    rounding are those of JAX's current precision; gradients are always taken in float64.
 
     Raises `ValueError` or `TypeError` for arguments that cannot be meant; what is wrong with the programs is in the
     rows.
@@ -86,19 +87,19 @@ def check(
     if np.ndim(x) == 0:
         raise ValueError(f"x is {x!r}; it must be data of shape (N, *event)")
     data = check_data(x, np.shape(x)[1:], "x")
-    key = check_key(rng_key)
+    key_rows, key = jax.random.split(check_key(rng_key))
     for name, value, least in (("num_draws", num_draws, 100), ("max_data", max_data, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
-    if not 0 < failure_rate < 1:
+    if not isinstance(failure_rate, float) or not 0 < failure_rate < 1:
         raise ValueError(f"failure_rate is {failure_rate!r}; it must be between 0 and 1")
     if params is not None and not isinstance(params, Mapping):
         raise TypeError(f"params is {params!r}; it must be a dict of NumPyro params, or None")
     for name, form in (forms or {}).items():
-        if not isinstance(form, tuple) or len(form) != 3:
+        if not isinstance(form, tuple) or len(form) != 3 or not hasattr(form[2], "loss"):
             raise TypeError(f"forms[{name!r}] is {form!r}; it must be (model, guide, elbo)")
     if len(data) > max_data:
-        rows = jax.random.permutation(jax.random.fold_in(key, len(data)), len(data))[:max_data]
+        rows = jax.random.permutation(key_rows, len(data))[:max_data]
         data = data[np.sort(np.asarray(rows))]
     pair = Pair(model, guide, jnp.asarray(data, jnp.result_type(float)), params)
     given_beta = None if beta is None else np.asarray(beta, np.float64)
@@ -153,9 +154,12 @@ def _row(statement: Statement, compute: Callable[[Evidence], Finding], e: Eviden
     try:
         comparisons, detail, size = compute(e)
     except NotApplicable as why:
-        return Row(statement, "not applicable", detail=str(why))
+        failed = not all(comparison.holds for comparison in why.comparisons)
+        return Row(statement, "fails" if failed else "not applicable", why.comparisons, str(why))
     except Wrong as wrong:
         return Row(statement, "fails", detail=str(wrong))
+    except np.linalg.LinAlgError as wrong:
+        return Row(statement, "fails", detail=f"a covariance of the pair is not positive definite: {wrong}")
     verdict: Verdict = "holds" if size is None else "approximate"
     if not all(comparison.holds for comparison in comparisons):
         verdict = "fails"

@@ -6,30 +6,35 @@ from numpyro import handlers
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy.special import logsumexp
 
-from probdiff.derivation.evidence import Estimate, Evidence, Finding, NotApplicable
+from probdiff.derivation.estimates import Estimate, untrusted
+from probdiff.derivation.evidence import Evidence, Finding, NotApplicable, Wrong
 from probdiff.derivation.ledger import Comparison, compare, machine, monte_carlo
 
 
 def n9(e: Evidence) -> Finding:
-    left, right = _two_routes(e)
-    comparison, n = e.mean_log_p("L, mean of log p(x_0)", left, right)
+    """The mean of log p(x_0) over the data, exactly and from draws."""
+    comparison, n = e.mean_log_p("L, mean of log p(x_0)", *_two_routes(e))
     return [comparison], f"L over {n} of {len(e.x_0)} data; nats", None
 
 
 def n11(e: Evidence) -> Finding:
-    log_p = _best(e).log_p
+    """The standard error of L over samples of q(x_0), by formula and by the bootstrap."""
+    best = _best(e)
+    log_p = best.log_p[best.trusted]
     n = len(log_p)
     if n < 4:
-        return [], f"L is {log_p.mean():.4g} nats; {n} data give no standard error", None
-    order = np.asarray(jax.random.permutation(e.key(), n))
-    halves = log_p[order[: n // 2]], log_p[order[n // 2 :]]
-    error = np.sqrt(log_p.var(ddof=1) * (1 / len(halves[0]) + 1 / len(halves[1])))
-    detail = f"L is {log_p.mean():.4g} ± {log_p.std(ddof=1) / np.sqrt(n):.2g} nats, the standard error over {n} samples"
-    name = "L from samples of q(x_0) alone"
-    return [monte_carlo(name, "one half", halves[0].mean(), "the other", halves[1].mean(), error, e.rate)], detail, None
+        raise NotApplicable(f"p(x_0) is known for {n} data, too few for a standard error of L")
+    error, resamples = log_p.std(ddof=1) / np.sqrt(n), 4000
+    drawn = np.asarray(jax.random.randint(e.key(), (resamples, n), 0, n))
+    bootstrap = log_p[drawn].mean(1).std() * np.sqrt(n / (n - 1))
+    detail = f"L is {log_p.mean():.4g} ± {error:.2g} nats over {n} samples of q(x_0), and nothing else of it was used"
+    deviation = error / np.sqrt(resamples)  # wider than that of a normal, 1/√(2B)
+    name, rounding = "standard error of L over samples of q(x_0)", 1e-12 * np.abs(log_p).max()
+    return [monte_carlo(name, "formula", error, "bootstrap", bootstrap, deviation, e.rate, rounding)], detail, None
 
 
 def n12(e: Evidence) -> Finding:
+    """p(x_0) by quadrature, in closed form, by Bayes' rule on a path, and from draws."""
     found, detail = [], ""
     if e.grid is not None:
         allowed = max(abs(grid.mass - e.grid.mass) for grid in e.grid.coarser()) + e.rounding(np.ones(1))
@@ -52,11 +57,12 @@ def n12(e: Evidence) -> Finding:
     elif found:
         detail = f"{right.route} have no say: their median k̂ is {np.median(right.pareto_k):.2f}"  # type: ignore[arg-type]
     else:
-        _ = e.mean_log_p("", left, right)  # which says why not
+        raise NotApplicable(untrusted(left, right))
     return found, detail, None
 
 
 def n14(e: Evidence) -> Finding:
+    """The mean importance weight of paths from q over p(x_0)."""
     weights, other = e.importance, e.exact or e.ancestral
     k, w = weights.pareto_k, np.exp(e.log_weights - e.log_weights.max(0))
     assert k is not None
@@ -74,11 +80,13 @@ def n14(e: Evidence) -> Finding:
 
 
 def n15(e: Evidence) -> Finding:
+    """The mean over the data of the log of the mean weight, against L."""
     comparison, n = e.mean_log_p("L = mean of log E_q[w]", e.exact or e.ancestral, e.importance)
     return [comparison], f"{n} of {len(e.x_0)} data", None
 
 
 def n16(e: Evidence) -> Finding:
+    """Jensen's inequality at random points for random convex functions, for −log, and for the drawn weights."""
     rng = np.random.default_rng(np.asarray(jax.random.key_data(e.key())))
     x, y = np.exp(rng.normal(0, 2, size=(2, 500)))
     s = rng.uniform(size=500)
@@ -116,6 +124,7 @@ def n16(e: Evidence) -> Finding:
 
 
 def n17(e: Evidence) -> Finding:
+    """K by hand, from NumPyro, exactly and in other forms; and L − K against the KL divergence that it is."""
     pair, w = e.pair, e.log_weights
     by_hand, error = w.mean(), w.mean(1).std() / np.sqrt(len(w))
     # the same path in NumPyro's ELBO
@@ -144,34 +153,35 @@ def n17(e: Evidence) -> Finding:
             compare("L − K of each datum", route, best.log_p - k, "zero", 0.0, allowance, route, at_least=True),
         ]
         detail = f"L − K is {np.mean(best.log_p - k):.4g} nats; K is {k.mean():.5g}"
-    else:
+    elif best.trusted.any():
         use = best.trusted
-        if use.any():
-            weights = use / use.sum()
-            gap = best.log_p[use].mean() - w[:, use].mean()
-            deviation = np.sqrt(best.variance(weights) + (w @ weights).var() / len(w))
-            found += [
-                monte_carlo(
-                    "L − K", best.route, gap, "zero", 0.0, deviation, e.rate, best.bias @ weights, at_least=True
-                )
-            ]
-            detail += f"; L − K is {gap:.3g} ± {deviation:.1g}"
+        weights = use / use.sum()
+        gap = best.log_p[use].mean() - w[:, use].mean()
+        deviation = np.sqrt(best.variance(weights) + (w @ weights).var() / len(w))
+        found += [
+            monte_carlo("L − K", best.route, gap, "zero", 0.0, deviation, e.rate, best.bias @ weights, at_least=True)
+        ]
+        detail += f"; L − K is {gap:.3g} ± {deviation:.1g}"
     forms = dict(e.forms)
     if not pair.q.ascending or pair.num_timesteps == 1:
         forms["TraceMeanField_ELBO"] = (pair.p.program, pair.q.program, TraceMeanField_ELBO())
     for name, form in forms.items():
         found += [_same_elbo(e, name, form, reference, reference_error)]
+    if e.elbo_and_gap is None and not best.trusted.any():
+        raise NotApplicable(f"L − K is not known: {untrusted(e.ancestral, e.importance)}; {detail}", found)
     return found, detail, None
 
 
 def _same_elbo(e: Evidence, name: str, form: tuple, reference: float, error: float) -> Comparison:
     model, guide, elbo = form
     keys = jax.random.split(e.key(), e.num_draws)
-    draws = jax.vmap(lambda key: -elbo.loss(key, e.pair.params, model, guide, e.pair.x))(keys)
+    try:
+        draws = jax.vmap(lambda key: -elbo.loss(key, e.pair.params, model, guide, e.pair.x))(keys)
+    except Exception as wrong:  # whatever a user's program may raise
+        raise Wrong(f"the form {name} cannot be run: {type(wrong).__name__}: {wrong}") from wrong
     draws = np.asarray(draws, np.float64) / len(e.x_0)
     deviation = np.sqrt(draws.var() / len(draws) + error**2)
-    allowance = e.rounding(draws)
-    return monte_carlo("K", "N17", reference, name, draws.mean(), deviation, e.rate, allowance)
+    return monte_carlo("K", "N17", reference, name, draws.mean(), deviation, e.rate, e.rounding(draws))
 
 
 def _best(e: Evidence) -> Estimate:
@@ -182,10 +192,10 @@ def _best(e: Evidence) -> Estimate:
 
 
 def _two_routes(e: Evidence) -> tuple[Estimate, Estimate]:
-    """An exact value and the better estimate, or both estimates."""
+    """An exact value and an estimate, that of ancestral draws if it can be; or both estimates."""
     if e.exact is None:
         return e.ancestral, e.importance
-    return e.exact, max(e.ancestral, e.importance, key=lambda one: one.trusted.sum())
+    return e.exact, e.ancestral if e.ancestral.trusted.any() else e.importance
 
 
 def _ratio(e: Evidence, name: str, estimate: Estimate, other: Estimate) -> Comparison:

@@ -1,7 +1,6 @@
 """What the rows of the ledger share: draws of the pair, its closed forms, and estimates of p(x_0)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -10,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import xarray as xr
 from jaxtyping import Float
 from numpyro import handlers
 from numpyro.infer.inspect import get_model_relations
 from scipy import stats
-from scipy.special import logsumexp
 
-from probdiff import diagnostics
+from probdiff.derivation.estimates import Estimate, from_draws, untrusted
 from probdiff.derivation.gradient import Slope, slopes
 from probdiff.derivation.ledger import Comparison, compare, monte_carlo
 from probdiff.derivation.linear import LinearChain, elbo, gap, normal_log_prob
@@ -25,11 +22,13 @@ from probdiff.derivation.pair import Chain, Pair, Path
 from probdiff.derivation.quadrature import Grid, grid
 from probdiff.types import Key
 
-_TRUSTED_K = 0.5  # below it, a mean of weights has a variance
-
 
 class NotApplicable(Exception):
-    """Why a statement cannot be checked on this pair."""
+    """Why a statement cannot be checked on this pair, and the comparisons that were made all the same."""
+
+    def __init__(self, why: str, comparisons: list[Comparison] | None = None) -> None:
+        super().__init__(why)
+        self.comparisons = tuple(comparisons or ())
 
 
 class Wrong(Exception):
@@ -37,47 +36,6 @@ class Wrong(Exception):
 
 
 type Finding = tuple[list[Comparison], str, float | None]  # comparisons, detail, size of an approximation
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """log p(x_0) of each datum, (N,), in nats.
-
-    Exact up to `error`, or with `influence` (S, N), the draws over their mean less one, a Monte Carlo estimate. Then
-    `pareto_k` (N,) is k̂ of other draws: to choose by k̂ of the same draws would choose those that missed the tail.
-    """
-
-    route: str
-    log_p: Float[np.ndarray, " N"]
-    error: float = 0.0
-    influence: Float[np.ndarray, "S N"] | None = None
-    pareto_k: Float[np.ndarray, " N"] | None = None
-
-    @property
-    def trusted(self) -> np.ndarray:
-        """(N,): for which data the mean of the draws has a variance, to all appearance; none, if not for most."""
-        if self.pareto_k is None:
-            return np.isfinite(self.log_p)
-        return (self.pareto_k < _TRUSTED_K) & (np.median(self.pareto_k) < _TRUSTED_K)
-
-    @property
-    def bias(self) -> np.ndarray:
-        """Of log p, at most: half the relative variance of the mean."""
-        if self.influence is None:
-            return np.zeros_like(self.log_p)
-        return self.influence.var(0) / (2 * len(self.influence))
-
-    def variance(self, weights: Float[np.ndarray, " N"]) -> float:
-        """Of Σ_n weights_n·(estimate of p(x_n) over p(x_n)). The draws may be shared by the data."""
-        return 0.0 if self.influence is None else float((self.influence @ weights).var() / len(self.influence))
-
-
-def from_draws(route: str, log_draws: Float[np.ndarray, "S N"]) -> Estimate:
-    """The mean of one half of draws of p(x_0), of which these are the logarithms, with k̂ of the other half."""
-    half, other = log_draws[::2], log_draws[1::2]
-    log_p = logsumexp(half, axis=0) - np.log(len(half))
-    k = diagnostics.pareto_k(xr.DataArray(other, dims=("draw", "datum"))).to_numpy()
-    return Estimate(route, log_p, influence=np.exp(half - log_p) - 1, pareto_k=k)
 
 
 class Evidence:
@@ -94,7 +52,7 @@ class Evidence:
         forms: Mapping[str, tuple[Any, Any, Any]],
     ) -> None:
         self.pair, self.num_draws = pair, num_draws
-        self.rate = failure_rate / 50  # of each Monte Carlo comparison; a ledger has fewer than 50
+        self.rate = failure_rate / (50 + len(forms))  # of each Monte Carlo comparison; a ledger has fewer
         self.given_beta, self.claims, self.forms = beta, claims, forms
         self.eps = float(jnp.finfo(jnp.result_type(float)).eps)
         self._rng_key, self._keys_used = rng_key, 0
@@ -115,26 +73,27 @@ class Evidence:
 
     @cached_property
     def slopes(self) -> list[Slope]:
-        return slopes(self.pair, self.key(), self.step)
+        with jax.enable_x64(True):
+            return slopes(self.pair, self.key())
 
-    @property
-    def step(self) -> float:
-        """Of finite differences, relative."""
-        return 2 * self.eps ** (1 / 3)
+    @cached_property
+    def probes(self) -> Path:
+        """Two paths of q, the same three times as far out, and then paths of p, (R, N, *event); x_0 is the data."""
+        T, D = self.pair.num_timesteps, self.pair.size
+        rows = max(1, min(len(self.generated[0]), 2**22 // (len(self.x_0) * T * D * D)))
+        near = {t: jnp.asarray(x[:2]) for t, x in self.draws[0].items()}
+        return {t: jnp.concatenate([x, x if t == 0 else 3 * x, self.generated[t][:rows]]) for t, x in near.items()}
 
     @cached_property
     def moments(self) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
-        """Mean and covariance of q's and p's kernels on two paths from q and then on paths from p, float64."""
-        T, D = self.pair.num_timesteps, self.pair.size
-        rows = max(1, min(len(self.generated[0]), 2**22 // (len(self.x_0) * T * D * D)))
-        of_q = {t: jnp.asarray(x[:2]) for t, x in self.draws[0].items()}
-        of_both = {t: jnp.concatenate([x, self.generated[t][:rows]]) for t, x in of_q.items()}
+        """Mean (R, N, D) and covariance (R, N, D, D) of q's and p's kernels on the probes, float64."""
+        near = {t: x[:4] for t, x in self.probes.items()}
         return {
             chain.name: {
                 t: (np.asarray(mean, np.float64), np.asarray(cov, np.float64))
                 for t, (mean, cov) in chain.moments(paths).items()
             }
-            for chain, paths in ((self.pair.q, of_q), (self.pair.p, of_both))
+            for chain, paths in ((self.pair.q, near), (self.pair.p, self.probes))
         }
 
     @cached_property
@@ -153,22 +112,20 @@ class Evidence:
         return {t: jnp.asarray(x[draw]) for t, x in self.draws[0].items()}
 
     @cached_property
-    def beta(self) -> np.ndarray:
+    def beta_and_route(self) -> tuple[np.ndarray, str]:
         """β_t: what was given, else the param "beta", else read off the forward kernels' covariances."""
         if self.given_beta is not None:
-            return self.given_beta
+            return self.given_beta, "beta="
         of_param = np.asarray(self.pair.params.get("beta", ()), np.float64)
         if of_param.shape == (self.pair.num_timesteps,):
-            return of_param
+            return of_param, "param beta"
         if self.q is None:
             raise NotApplicable("β_t is neither a param nor given, and q is not linear-Gaussian")
-        return np.trace(self.q.S, axis1=1, axis2=2) / self.pair.size
+        return np.trace(self.q.S, axis1=1, axis2=2) / self.pair.size, "the kernels' variance"
 
     @property
-    def beta_route(self) -> str:
-        if self.given_beta is not None:
-            return "beta="
-        return "param beta" if "beta" in self.pair.params else "the kernels' variance"
+    def beta(self) -> np.ndarray:
+        return self.beta_and_route[0]
 
     def flat(self, x: Any) -> np.ndarray:
         """(…, *event) as (…, D), float64."""
@@ -186,18 +143,17 @@ class Evidence:
             return None
         mean, A, S = kernels
         T, D = self.pair.num_timesteps, self.pair.size
+        x = {t: self.flat(x) for t, x in self.point(0).items()}
         if self.pair.q.ascending:
-            x = {t: self.flat(x) for t, x in self.point(0).items()}
             b = np.stack([mean[t] - x[t - 1] @ A[t].T for t in range(1, T + 1)])
             return LinearChain(self.x_0, np.zeros((D, D)), *_stacked(A, S, range(1, T + 1), b))
-        x = {t: self.flat(x) for t, x in self.point(0).items()}
         times = range(T - 1, 0, -1)
         b = np.stack([mean[t] - x[t + 1] @ A[t].T for t in times]) if T > 1 else np.zeros((0, *self.x_0.shape))
         down = LinearChain(mean[T], S[T], *_stacked(A, S, times, b, D))
         means, covs = down.marginals()
         up = down.flipped() if T > 1 else down
         # how x_1 depends on x_0 shows in its means only: the part in x_0's direction is given to A_1
-        slope = np.sum(means[-1] * self.x_0) / np.sum(self.x_0**2) * np.eye(D)
+        slope = np.sum(means[-1] * self.x_0) / max(np.sum(self.x_0**2), 1e-300) * np.eye(D)
         A_1, b_1 = slope[None], (means[-1] - self.x_0 @ slope.T)[None]
         return LinearChain(
             self.x_0,
@@ -223,18 +179,21 @@ class Evidence:
     def _linear(
         self, chain: Chain
     ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, np.ndarray]] | None:
-        """Mean (N, D) at the first draw, Jacobian and covariance (D, D) of each kernel, if the same anywhere."""
-        stated = {t: (mean[:2], cov[:2]) for t, (mean, cov) in self.moments[chain.name].items()}
-        slopes = [{t: np.asarray(J, np.float64) for t, J in chain.linearised(self.point(i)).items()} for i in range(2)]
-        A = {t: np.stack([slope[t] for slope in slopes]) for t in slopes[0]}
+        """Mean (N, D) at the first probe, Jacobian and covariance (D, D) of each kernel, if it is so at all probes."""
+        stated = self.moments[chain.name]
+        A = {t: np.asarray(J, np.float64)[0] for t, J in chain.linearised(self.point(0)).items()}
         for t in chain.times:
-            for values in (A[t], stated[t][1]):
-                first = values[0, 0]
-                if not np.abs(values - first).max() <= 1e3 * self.eps * max(np.abs(first).max(), 1e-30):
+            mean, cov = stated[t]
+            before = t - 1 if chain.ascending else t + 1
+            x = self.flat(self.probes[before][: len(mean)]) if 0 <= before < len(self.probes) else 0 * mean
+            predicted = mean[0] + (x - x[0]) @ A[t].T
+            scale = 1 + np.abs(mean).max() + np.abs(x).max()
+            for left, right, size in ((mean, predicted, scale), (cov, cov[0, 0], np.abs(cov[0, 0]).max())):
+                if not np.abs(left - right).max() <= 1e3 * self.eps * size:
                     return None
         return (
             {t: stated[t][0][0] for t in chain.times},
-            {t: A[t][0, 0] for t in chain.times},
+            A,
             {t: stated[t][1][0, 0] for t in chain.times},
         )
 
@@ -334,8 +293,7 @@ class Evidence:
         """Compares mean log p(x_0) by two routes, over the data for which both can be trusted, and says how many."""
         use = left.trusted & right.trusted
         if not use.any():
-            medians = [f"{np.median(e.pareto_k):.2f} for {e.route}" for e in (left, right) if e.pareto_k is not None]
-            raise NotApplicable(f"no estimate of p(x_0) can be trusted: the median k̂ is {', '.join(medians)}")
+            raise NotApplicable(untrusted(left, right))
         weights = use / use.sum()
         deviation = np.sqrt(left.variance(weights) + right.variance(weights))
         allowance = (left.bias + right.bias) @ weights + left.error + right.error

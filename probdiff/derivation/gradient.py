@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from numpyro.distributions import biject_to
 
 from probdiff.derivation.pair import Pair
 from probdiff.types import Key, Params
 
-_ENTRIES = 64  # of a param: with more, one random direction stands for all
+_ENTRIES = 64  # of a param: with more, or in a network, one random direction stands for a whole leaf
+_STEP = 2 * float(np.finfo(np.float64).eps) ** (1 / 3)
 
 
 @dataclass(frozen=True)
 class Slope:
-    """dK along one direction of the param `name`: `differentiated`, and `near` and `wide` by central differences.
+    """dK/du along one direction of the param `name`, u being its unconstrained value as SVI moves it; nats.
 
-    Near is of step h, wide of step 2h. `zero`: whether the whole gradient of the leaf is zero.
+    `differentiated`, and by central differences of step h and 2h, `near` and `wide`; `rounding` is that of `near`.
+    `zero`: whether the whole gradient of the leaf is zero.
     """
 
     param: str
@@ -26,45 +29,56 @@ class Slope:
     differentiated: float
     near: float
     wide: float
+    rounding: float
     zero: bool
 
 
-def slopes(pair: Pair, rng_key: Key, h: float) -> list[Slope]:
-    """dK along every entry of the small params and a random direction of each large one, with the noise of `rng_key`.
+def slopes(pair: Pair, rng_key: Key) -> list[Slope]:
+    """dK/du along every entry of the small params and a random direction of each large one, on the same noise.
 
-    K is that of the whole x, for one path each. The unconstrained params are moved at random by a tenth first, since
-    a network's initial weights may be where a gradient vanishes. Lengths keep a β_t in (0, 1).
+    K is that of all data, for one path each. The unconstrained params of the reverse chain are moved at random by a
+    tenth first, since a network's initial weights may be where a gradient vanishes. Wants double precision.
     """
     key_noise, key_jitter, key_directions = jax.random.split(rng_key, 3)
-    params = jittered(pair.params, [name for name in pair.reverse_params if name in pair.free], key_jitter)
+    transforms = {name: biject_to(constraint) for name, constraint in pair.constraints.items()}
+    free = [name for name in pair.reverse_params if name not in transforms]
+    params = jax.tree.map(_double, jittered(pair.params, free, key_jitter))
+    params = {name: transforms[name].inv(p) if name in transforms else p for name, p in params.items()}
     leaves, rest = eqx.partition(params, eqx.is_inexact_array)
-    gradient = jax.tree.leaves(jax.grad(pair.elbo)(leaves, rest, key_noise))
+
+    def elbo(leaves: Params) -> Array:
+        moved = eqx.combine(leaves, rest)
+        constrained = {name: transforms[name](p) if name in transforms else p for name, p in moved.items()}
+        return pair.elbo(constrained, key_noise)
+
+    gradient = jax.tree.leaves(jax.grad(elbo)(leaves))
     flat, structure = jax.tree_util.tree_flatten_with_path(leaves)
     entries = []  # which leaf, its param, a name, the direction
     for i, (path, leaf) in enumerate(flat):
-        param = path[0].key
-        name, free, size = jax.tree_util.keystr(path, simple=True, separator="."), param in pair.free, leaf.size
-        at = np.asarray(leaf, np.float64)
-        length = np.maximum(np.abs(at), 0.1) if free else np.minimum(np.abs(at), np.abs(1 - at)) + 1e-12
-        if free or size > _ENTRIES:
+        param, name = path[0].key, jax.tree_util.keystr(path, simple=True, separator=".")
+        length = np.clip(np.abs(np.asarray(leaf)), 0.1, 1.0)
+        if len(path) > 1 or leaf.size > _ENTRIES:
             noise = np.asarray(jax.random.normal(jax.random.fold_in(key_directions, i), leaf.shape))
-            entries.append((i, param, name, length * noise / np.sqrt(size)))
+            entries.append((i, param, name, length * noise / np.sqrt(leaf.size)))
         else:
-            units = np.eye(size).reshape(size, *leaf.shape)
-            entries += [(i, param, f"{name}[{j}]", length * unit) for j, unit in enumerate(units)]
+            units = np.eye(leaf.size).reshape(leaf.size, *leaf.shape)
+            labels = [f"{name}[{j}]" for j in range(leaf.size)] if leaf.ndim else [name]
+            entries += [(i, param, label, length * unit) for label, unit in zip(labels, units, strict=True)]
     moves = [
-        jnp.stack([jnp.asarray(m if k == i else np.zeros(leaf.shape), leaf.dtype) for k, _, _, m in entries])
+        jnp.stack([jnp.asarray(m if k == i else np.zeros(leaf.shape)) for k, _, _, m in entries])
         for i, (_, leaf) in enumerate(flat)
     ]
 
     def moved(step: Array, move: Params) -> Array:
-        return pair.elbo(jax.tree.map(lambda leaf, m: leaf + step * m, leaves, move), rest, key_noise)
+        return elbo(jax.tree.map(lambda leaf, m: leaf + step * m, leaves, move))
 
     along = jax.vmap(jax.vmap(moved, (None, 0)), (0, None))
-    values = np.asarray(along(h * jnp.array([-2.0, -1.0, 1.0, 2.0]), jax.tree.unflatten(structure, moves)), np.float64)
-    near, wide = (values[2] - values[1]) / (2 * h), (values[3] - values[0]) / (4 * h)
+    k = np.asarray(along(_STEP * jnp.array([-2.0, -1.0, 1.0, 2.0]), jax.tree.unflatten(structure, moves)))
+    near, wide = (k[2] - k[1]) / (2 * _STEP), (k[3] - k[0]) / (4 * _STEP)
+    # of a sum of many terms of either sign
+    rounding = 50 * float(np.finfo(np.float64).eps) * (np.abs(k).max() + len(pair.x) * pair.num_timesteps) / _STEP
     return [
-        Slope(param, name, float(np.sum(np.asarray(gradient[i]) * m)), n, w, not np.any(gradient[i]))
+        Slope(param, name, float(np.sum(np.asarray(gradient[i]) * m)), n, w, float(rounding), not np.any(gradient[i]))
         for (i, param, name, m), n, w in zip(entries, near.tolist(), wide.tolist(), strict=True)
     ]
 
@@ -79,3 +93,7 @@ def jittered(params: Params, names: list[str], rng_key: Key) -> Params:
         return leaf + scale * jax.random.normal(rng_key, leaf.shape, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(move, params)
+
+
+def _double(leaf: Array) -> Array:
+    return jnp.asarray(leaf, jnp.float64) if eqx.is_inexact_array(leaf) else leaf

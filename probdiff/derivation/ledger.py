@@ -172,7 +172,8 @@ class Ledger:
 
     def comparisons(self) -> pd.DataFrame:
         """A row for each comparison that was made."""
-        return pd.DataFrame([_record(row, one) for row in self.rows for one in row.comparisons]).set_index("tag")
+        records = [_record(row, one) for row in self.rows for one in row.comparisons]
+        return pd.DataFrame(records, columns=list(_record(self.rows[0], None))).set_index("tag")
 
     def __str__(self) -> str:
         return "\n".join([self.title, *map(str, self.rows), self._summary])

@@ -148,7 +148,7 @@ def _problems(name: str, sites: Sites, x_0: Event, wanted: range) -> list[str]:
         if (fn.batch_shape, fn.event_shape) != ((n,), tuple(event)):
             problems.append(
                 f"{name}'s site {site_name} has batch_shape {fn.batch_shape} and event_shape {fn.event_shape}; "
-                f"for {n} data they must be {(n,)} and {tuple(event)}"
+                f"for {n} data (any number must do) they must be {(n,)} and {tuple(event)}"
             )
     return problems
 
@@ -159,37 +159,42 @@ class Pair:
     def __init__(self, model: Program, guide: Program, x: Event, params: Params | None) -> None:
         self.x = x
         self.p, self.q = Chain("p", model), Chain("q", guide)
-        sites = {chain.name: self._initial(chain, params or {}) for chain in (self.p, self.q)}
+        initial = {chain.name: self._initial(chain, params or {}) for chain in (self.p, self.q)}
+        sites = {name: found[1] for name, found in initial.items()}
         times = {name: times_of(found) for name, found in sites.items()}
         if not any(times.values()) and not (self.p.problems or self.q.problems):
             names = sorted({name for found in sites.values() for name in found})
             raise ValueError(f"neither model nor guide has sites x_0, …, x_T; their sites are {', '.join(names)}")
         self.num_timesteps = max([1, *times["p"], *times["q"]])
-        found = {k: {n: s for n, s in v.items() if s["type"] == "param"} for k, v in sites.items()}
-        declared = {**found["q"], **found["p"]}
+        own = {k: {n: s for n, s in v.items() if s["type"] == "param"} for k, v in sites.items()}
+        declared = {**own["q"], **own["p"]}
         if params is not None and set(params) != set(declared) and not (self.p.problems or self.q.problems):
             raise ValueError(
                 f"params has {_names(params)}; the params of the model and the guide are {_names(declared)}"
             )
         self.params: Params = {name: jax.tree.map(_as_array, site["value"]) for name, site in declared.items()}
-        self.forward_params = list(found["q"])
-        self.reverse_params = [name for name in found["p"] if name not in found["q"]]
-        self.free = [
-            n for n, s in declared.items() if s["kwargs"].get("constraint", None) in (None, dist.constraints.real)
-        ]
+        self.forward_params = list(own["q"])
+        self.reverse_params = [name for name in own["p"] if name not in own["q"]]
+        real = (None, dist.constraints.real)
+        self.constraints = {n: c for n, s in declared.items() if (c := s["kwargs"].get("constraint")) not in real}
         for chain, wanted in ((self.p, range(self.num_timesteps + 1)), (self.q, range(1, self.num_timesteps + 1))):
             chain.params.update(self.params)
             chain.times = times[chain.name]
-            if not chain.problems:
-                chain.problems += _problems(chain.name, sites[chain.name], x, wanted)
+            for some, found in zip((x, x[:1]), initial[chain.name][::-1], strict=True):
+                if not chain.problems:
+                    chain.problems += _problems(chain.name, found, some, wanted)
 
-    def _initial(self, chain: Chain, params: Params) -> Sites:
+    def _initial(self, chain: Chain, params: Params) -> list[Sites]:
+        """The sites on one datum and on all."""
         chain.params.update(params)
-        try:
-            return chain.trace(self.x, {}, jax.random.key(0))
-        except Exception as error:  # whatever a user's program may raise
-            chain.problems.append(f"{chain.name} cannot be run on x of shape {self.x.shape}: {_one_line(error)}")
-            return {}
+        found = []
+        for x in (self.x[:1], self.x):
+            try:
+                found.append(chain.trace(x, {}, jax.random.key(0)))
+            except Exception as error:  # whatever a user's program may raise
+                chain.problems.append(f"{chain.name} cannot be run on x of shape {x.shape}: {_one_line(error)}")
+                found.append({})
+        return found
 
     @property
     def size(self) -> int:
@@ -233,23 +238,26 @@ class Pair:
         rows = max(1, _BLOCK // len(self.x))
         return [keys[i : i + rows] for i in range(0, num_draws, rows)]
 
-    def elbo(self, leaves: Params, rest: Params, rng_key: Key) -> Float[Array, ""]:
-        """K of all data for one path each; the params in two parts, the first with the floating-point leaves."""
-        params = eqx.combine(leaves, rest)
-        return -Trace_ELBO().loss(rng_key, params, self.p.program, self.q.program, self.x)
+    def elbo(self, params: Params, rng_key: Key) -> Float[Array, ""]:
+        """K of all data for one path each, N17, nats; in double precision where that is on."""
+        x = jnp.asarray(self.x, jnp.result_type(float))
+        return -Trace_ELBO().loss(rng_key, params, self.p.program, self.q.program, x)
 
 
 def moments(kernel: dist.Distribution, y: Event) -> tuple[Float[Array, "N D"], Float[Array, "N D D"]]:
     """Mean and covariance that a distribution states of itself; where it states none, those of `density_moments`."""
+    base = kernel
+    while isinstance(base, dist.ExpandedDistribution | dist.Independent):
+        base = base.base_dist
     try:
-        mean, base = _flat(kernel.mean, y), kernel
-        while isinstance(base, dist.ExpandedDistribution):
-            base = base.base_dist
-        if hasattr(base, "covariance_matrix"):
+        mean = _flat(kernel.mean, y)
+        if hasattr(base, "covariance_matrix") and base.event_shape == kernel.event_shape:
             return mean, jnp.broadcast_to(base.covariance_matrix, (*mean.shape, mean.shape[1]))
-        return mean, _flat(kernel.variance, y)[..., None] * jnp.eye(mean.shape[1])
+        if base.event_shape == ():
+            return mean, _flat(kernel.variance, y)[..., None] * jnp.eye(mean.shape[1])
     except NotImplementedError:
-        return density_moments(kernel, y)
+        pass
+    return density_moments(kernel, y)
 
 
 def density_moments(kernel: dist.Distribution, y: Event) -> tuple[Float[Array, "N D"], Float[Array, "N D D"]]:

@@ -1,0 +1,61 @@
+"""Estimates of p(x_0), exact or from draws, and for which data they can be trusted."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from scipy.special import logsumexp
+
+from probdiff import diagnostics
+
+_TRUSTED_K = 0.5  # below it, a mean of weights has a variance
+_TRUSTED_SIZE = 40  # effective draws from which the mean of skewed weights is nearly normal
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """log p(x_0) of each datum, (N,), in nats.
+
+    Exact up to `error`, or with `influence` (S, N), the draws over their mean less one, a Monte Carlo estimate. Then
+    `pareto_k` (N,) is k̂ of other draws: to choose by k̂ of the same draws would choose those that missed the tail.
+    """
+
+    route: str
+    log_p: Float[np.ndarray, " N"]
+    error: float = 0.0
+    influence: Float[np.ndarray, "S N"] | None = None
+    pareto_k: Float[np.ndarray, " N"] | None = None
+
+    @property
+    def trusted(self) -> np.ndarray:
+        """(N,): for which data the mean of the draws is nearly normal, to all appearance; none, if not for most."""
+        if self.influence is None or self.pareto_k is None:
+            return np.isfinite(self.log_p)
+        effective = len(self.influence) / (1 + self.influence.var(0))
+        return (self.pareto_k < _TRUSTED_K) & (effective > _TRUSTED_SIZE) & (np.median(self.pareto_k) < _TRUSTED_K)
+
+    @property
+    def bias(self) -> np.ndarray:
+        """Of log p, at most: half the relative variance of the mean, (N,)."""
+        if self.influence is None:
+            return np.zeros_like(self.log_p)
+        return self.influence.var(0) / (2 * len(self.influence))
+
+    def variance(self, weights: Float[np.ndarray, " N"]) -> float:
+        """Of Σ_n weights_n·(estimate of p(x_n) over p(x_n)). The draws may be shared by the data."""
+        return 0.0 if self.influence is None else float((self.influence @ weights).var() / len(self.influence))
+
+
+def from_draws(route: str, log_draws: Float[np.ndarray, "S N"]) -> Estimate:
+    """The mean of one half of draws of p(x_0), of which these are the logarithms, with k̂ of the other half."""
+    half, other = log_draws[::2], log_draws[1::2]
+    log_p = logsumexp(half, axis=0) - np.log(len(half))
+    k = diagnostics.pareto_k(xr.DataArray(other, dims=("draw", "datum"))).to_numpy()
+    return Estimate(route, log_p, influence=np.exp(half - log_p) - 1, pareto_k=k)
+
+
+def untrusted(*estimates: Estimate) -> str:
+    """Why none of them can be trusted."""
+    medians = [f"{np.median(e.pareto_k):.2f} for {e.route}" for e in estimates if e.pareto_k is not None]
+    return f"no estimate of p(x_0) can be trusted: the median k̂ is {', '.join(medians)}; more draws may help"
