@@ -148,14 +148,15 @@ def check(
 ) -> None:
     """Check the derivation, N1…N17, on a pair of chains: one row for each statement. Exits with 1 where one fails."""
     key, key_data, key_params = jax.random.split(jax.random.key(seed), 3)
+    opened = None if run is None else Run.open(run)
+    prepared = None if opened is None else opened.prepare()  # in the precision of the fit: its held-out rows
     with jax.enable_x64(not float32):
-        if run is None:
+        if opened is None or prepared is None:
             d = GaussianDiffusion((2,), schedules.LearnedBetas(40), networks.ResidualMLP(), "full")
             x = np.asarray(datasets.SwissRoll(0.5).sample(key_data, max_data))
             params = derivation.typical_params(d, key_params)
         else:
-            opened = Run.open(run)
-            d, data_split = opened.prepare()
+            d, data_split = prepared
             fitted = opened.load(d)
             fitted = fitted.chain(fitted.best if chain is None else chain)
             x, params = fitted.standardise(data_split.test), fitted.params

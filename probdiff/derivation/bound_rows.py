@@ -147,7 +147,7 @@ def n17(e: Evidence) -> Finding:
                 best.log_p - k,
                 "E_q KL(q(x_1…x_T | x_0) ‖ p(x_1…x_T | x_0)), by Bayes' rule",
                 distance,
-                10 * allowance + 1e-9,
+                allowance,
                 route,
             ),
             compare("L − K of each datum", route, best.log_p - k, "zero", 0.0, allowance, route, at_least=True),

@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 from probdiff.derivation import feller
 from probdiff.derivation.evidence import Evidence, Finding, NotApplicable, Wrong, stray_dependencies
 from probdiff.derivation.ledger import Comparison, compare, machine, monte_carlo
-from probdiff.derivation.linear import LinearChain, dense, forward_covariance, normal_kl, normal_log_prob
+from probdiff.derivation.linear import dense, forward_covariance, normal_kl, normal_log_prob
 from probdiff.derivation.pair import Chain
 
 _DENSE = 400  # dimensions of the largest dense normal
@@ -18,8 +18,9 @@ _DENSE = 400  # dimensions of the largest dense normal
 
 def n1(e: Evidence) -> Finding:
     """KL(q(x_T | x_0) ‖ N(0, I)) in closed form, from ᾱ_T and from draws; and that of the marginal q(x_T)."""
-    q = _linear_q(e)
-    D = e.pair.size
+    if e.q is None:
+        raise NotApplicable("q is not linear-Gaussian, so q(x_T | x_0) has no closed form")
+    q, D = e.q, e.pair.size
     means, covs = q.marginals()
     mean, cov = means[-1], covs[-1]
     kl = normal_kl(mean, cov, np.zeros_like(mean), np.eye(D))
@@ -115,7 +116,7 @@ def n4(e: Evidence) -> Finding:
 def n5(e: Evidence) -> Finding:
     """log q of a path as NumPyro counts it, as the sum of its factors, and by the dense normal built from ᾱ."""
     found = _product(e, e.pair.q, e.draws[1])
-    if e.holds.get("N3"):
+    if e.holds["N3"]:
         T = e.pair.num_timesteps
         x_0 = e.x_0
         alpha_bar = np.cumprod(1 - e.beta)
@@ -134,25 +135,10 @@ def n6(e: Evidence) -> Finding:
     q = feller.Mixture(np.array([0.3, 0.7]), np.array([-1.0, 0.6]), np.array([0.35, 0.5]))
     kl, limit = feller.rate(q, 0.2, [1e-4, 2e-4, 4e-4])
     orders, ratios = np.diff(np.log2(kl)), kl / limit
+    observed = (("order in β", orders, 3.0), ("KL over β³·((log q)‴)²/12", ratios, 1.0))
     found = [
-        compare(
-            "order in β",
-            "observed",
-            2 * orders[0] - orders[1],
-            "theory",
-            3.0,
-            abs(orders[1] - orders[0]),
-            "next order in β",
-        ),
-        compare(
-            "KL over β³·((log q)‴)²/12",
-            "observed",
-            2 * ratios[0] - ratios[1],
-            "theory",
-            1.0,
-            abs(ratios[1] - ratios[0]),
-            "next order in β",
-        ),
+        compare(name, "observed", 2 * v[0] - v[1], "theory", theory, abs(v[1] - v[0]), "next order in β")
+        for name, v, theory in observed
     ]
     if e.pair.num_timesteps == 1:
         return found, "q(x_0 | x_1) is as discrete as the data", None
@@ -277,12 +263,6 @@ def n13(e: Evidence) -> Finding:
         log_p = normal_log_prob(path, mean, cov).sum()
         found += [machine("one path of each datum", "NumPyro", e.totals["p"], "dense normal of the path", log_p, scale)]
     return found, "", None
-
-
-def _linear_q(e: Evidence) -> LinearChain:
-    if e.q is None:
-        raise NotApplicable("q is not linear-Gaussian, so q(x_T | x_0) has no closed form")
-    return e.q
 
 
 def _markov(e: Evidence, chain: Chain) -> list[Comparison]:
