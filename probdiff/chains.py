@@ -180,9 +180,27 @@ class GaussianDiffusion:
         Called inside a program, or under `handlers.substitute(..., data=params)`. The function takes x_t of
         any batch shape, and one t or a t per datum.
         """
-        noise = self.schedule()
-        params = numpyro.param("network$params", lambda rng_key: self._build(rng_key)[0])
+        noise, params = self.schedule(), self._params()
         return noise, lambda x_t, t: _kernel(self, params, noise, x_t, t)
+
+    def denoiser(self) -> Callable[[Event, Array], Event]:
+        """x̂_0(x, λ), the network's prediction of x_0 from x_t = x, at any log-SNR λ; called as `components` is."""
+        network = self._network(self._params())
+
+        def predict(x: Event, log_snr: Array) -> Event:
+            shrink, std = jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
+            return self.family.predicted(x, network(x, log_snr), shrink, std)
+
+        return predict
+
+    def _params(self) -> eqx.Module:
+        return numpyro.param("network$params", lambda rng_key: self._build(rng_key)[0])
+
+    def _network(self, params: eqx.Module) -> Callable[[Event, Array], Array]:
+        """The network over any batch shape."""
+        _, static = eqx.filter_eval_shape(self._build, jax.random.key(0))
+        axes = ",".join("abcdefgh"[: len(self.event_shape)])
+        return jnp.vectorize(eqx.combine(params, static), signature=f"({axes}),()->(p)")
 
     def _draw_t(self, x_0: Event) -> Time:
         batch_shape = self._batch_shape(x_0)
@@ -226,12 +244,9 @@ class GaussianDiffusion:
 @partial(jax.jit, static_argnums=0)
 def _kernel(d: GaussianDiffusion, params: eqx.Module, noise: NoiseLevels, x_t: Event, t: Time) -> dist.Distribution:
     """p(x_{t−1} given x_t), N8."""
-    _, static = eqx.filter_eval_shape(d._build, jax.random.key(0))
-    axes = ",".join("abcdefgh"[: len(d.event_shape)])
-    network = jnp.vectorize(eqx.combine(params, static), signature=f"({axes}),()->(p)")
     # −∞ where β_T = 1, which no network should have to expect
     log_snr = jnp.clip(noise.log_snr[jnp.asarray(t) - 1], -30.0, 30.0)
-    return d.family.kernel(x_t, network(x_t, log_snr), noise, t)
+    return d.family.kernel(x_t, d._network(params)(x_t, log_snr), noise, t)
 
 
 class ForwardStep(dist.Independent):

@@ -17,8 +17,9 @@ from numpyro import handlers
 from numpyro.infer import Predictive
 from scipy.spatial.distance import cdist
 
-from probdiff import likelihood
+from probdiff import likelihood, particles
 from probdiff.chains import GaussianDiffusion
+from probdiff.particles import k_threshold, pareto_k
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Data, Key, Params
 
@@ -128,7 +129,7 @@ def to_datatree(
         parts.append(mean_parts)
         prior.append(prior_kl)
         weights.append(
-            likelihood.log_importance_weights(d, params, x_0, rng_key=key_weight, num_draws=num_draws) - log_det
+            particles.log_importance_weights(d, params, x_0, rng_key=key_weight, num_draws=num_draws) - log_det
         )
     noise = fit.noise_levels
     paths = {"dims": {"x": ["t", "feature"]}, "coords": {"t": times, "feature": names}}
@@ -183,24 +184,6 @@ def _elbo_draws(
     mean = draws.mean(0)
     terms = np.concatenate([[parts.reconstruction.mean()], -parts.steps.mean(0)])
     return mean + (draws - mean) / np.sqrt(num_draws), terms, float(parts.prior.mean())
-
-
-def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
-    """Pareto k̂ of the importance weights of each datum, from draws of log w; dims chain, datum.
-
-    Below `k_threshold` an importance-weighted estimate from these draws can be trusted (Vehtari et al. 2024).
-    """
-    spread = log_weight.max("draw") - log_weight.min("draw")
-    equal = spread < 1e-6  # equal weights have no tail to fit
-    wiggle = xr.DataArray(np.linspace(0, 1e-3, log_weight.sizes["draw"]), dims="draw")
-    with np.errstate(over="ignore"):  # weights that are worlds apart have k̂ = ∞
-        _, k = (-log_weight.where(~equal, wiggle)).azstats.psislw(dim=["draw"])
-    return k.where(~equal, -np.inf)
-
-
-def k_threshold(num_draws: int) -> float:
-    """min(1 − 1/log₁₀ S, 0.7) for S draws (Vehtari et al. 2024)."""
-    return min(1 - 1 / np.log10(num_draws), 0.7)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,35 @@ reads the `num_outputs` numbers that the network gives for each x_t.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Event, Time
 
 Covariance = Literal["fixed", "diagonal", "full"]
+
+
+class Twist(NamedTuple):
+    """log ψ(x) = constant + linear·z − ½ zᵀ·curvature·z at z = (x − loc)/std, x flat of size D.
+
+    `loc` (D,), `std` (), `linear` (D,); `curvature` (D, D), or (D,) where it is diagonal, not negative.
+    """
+
+    loc: Float[Array, " D"]
+    std: Float[Array, ""]
+    constant: Float[Array, ""]
+    linear: Float[Array, " D"]
+    curvature: Float[Array, "D *D"]
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+        z = (x - self.loc) / self.std
+        bent = z * self.curvature if self.curvature.ndim == 1 else z @ self.curvature
+        return self.constant + z @ self.linear - 0.5 * jnp.sum(bent * z, -1)
 
 
 @dataclass(frozen=True)
@@ -60,8 +79,8 @@ class Gaussian:
     def kernel(self, x_t: Event, outputs: Float[Array, "*batch P"], noise: NoiseLevels, t: Time) -> dist.Distribution:
         """p(x_{t−1} given x_t) = N(f_μ(x_t, t), f_Σ(x_t, t)), N8.
 
-        f_μ is the mean of q(x_{t−1} given x_t, x̂_0) at the predicted x̂_0 = √ᾱ_t·x_t + √(1−ᾱ_t)·a, a the
-        first D outputs: a = 0 is exact for standard normal data.
+        f_μ is the mean of q(x_{t−1} given x_t, x̂_0) at the `predicted` x̂_0, which at outputs of zero is exact for
+        standard normal data.
         f_Σ = β_t·M·Mᵀ, M lower triangular with M_ii = √(ρ_t + (1−ρ_t)·exp(2·8·tanh(b_ii/8))) and M_ij = (1−ρ_t)·b_ij,
         ρ_t as in `NoiseLevels.noise_kept`. So f_Σ is β_t·I at b = 0, and the variance of each coordinate given those
         before it lies above β_t·ρ_t, the variance when x_0 is known. For covariance "fixed" f_Σ is β_t·I throughout.
@@ -70,8 +89,7 @@ class Gaussian:
         batch_shape = outputs.shape[:-1]
         shrink, std = noise.marginal(t)
         of_x_0, of_x_t, _ = noise.posterior(t)
-        direction = outputs[..., :size].reshape(batch_shape + self.event_shape)
-        x_0_hat = self._wide(shrink) * x_t + self._wide(std) * direction
+        x_0_hat = self.predicted(x_t, outputs, shrink, std)
         f_mu = self._wide(of_x_0) * x_0_hat + self._wide(of_x_t) * x_t
         _, step_std = noise.step(t)
         if self.covariance == "fixed":
@@ -87,6 +105,37 @@ class Gaussian:
         below = (jnp.asarray(step_std)[..., None] * (1 - rho)) * outputs[..., 2 * size :]
         scale_tril = scale[..., None] * jnp.eye(size)
         return dist.MultivariateNormal(f_mu, scale_tril=scale_tril.at[..., rows, columns].set(below))
+
+    def predicted(self, x_t: Event, outputs: Float[Array, "*batch P"], shrink: Array, std: Array) -> Event:
+        """x̂_0 = √ᾱ_t·x_t + √(1−ᾱ_t)·a, for `shrink` √ᾱ_t and `std` √(1−ᾱ_t), a the first D outputs."""
+        direction = outputs[..., : math.prod(self.event_shape)].reshape(outputs.shape[:-1] + self.event_shape)
+        return self._wide(shrink) * x_t + self._wide(std) * direction
+
+    def tilted(self, p: dist.Distribution, twist: Twist) -> tuple[dist.Distribution, Float[Array, "*batch"]]:
+        """p(x)·ψ(x)/∫p·ψ, over x as a vector, and log ∫ p(x)·ψ(x) dx, for a `kernel` or a `prior` p: again a Gaussian.
+
+        In z, where p has mean m and covariance V = L·Lᵀ, the covariance becomes V̂ = (V⁻¹ + curvature)⁻¹ =
+        L·(I + Lᵀ·curvature·L)⁻¹·Lᵀ and the mean m + V̂·(linear − curvature·m).
+        """
+        loc, std, b, A = twist.loc, twist.std, twist.linear, twist.curvature
+        flat = (*p.batch_shape, -1)
+        m, v = (p.mean.reshape(flat) - loc) / std, p.variance.reshape(flat) / std**2
+        if A.ndim == 1:
+            g = 1 + A * v
+            slope = b - A * m
+            log_mass = jnp.sum(m * (b - 0.5 * A * m) + 0.5 * (v * slope**2 / g - jnp.log(g)), -1)
+            tilted = dist.Normal(loc + std * (m + v * slope / g), std * jnp.sqrt(v / g)).to_event(1)
+            return tilted, twist.constant + log_mass
+        full = isinstance(p, dist.MultivariateNormal)
+        L = p.scale_tril / std if full else jnp.sqrt(v)[..., None] * jnp.eye(loc.size)
+        slope = b - m @ A
+        R = jnp.linalg.cholesky(jnp.eye(loc.size) + L.mT @ A @ L)
+        F = solve_triangular(R, L.mT, lower=True).mT  # F·Fᵀ = V̂
+        u = jnp.squeeze(slope[..., None, :] @ F, -2)
+        log_det = jnp.sum(jnp.log(jnp.diagonal(R, axis1=-2, axis2=-1)), -1)
+        log_mass = jnp.sum(m * (b - 0.5 * m @ A), -1) + 0.5 * jnp.sum(u**2, -1) - log_det
+        mean = m + jnp.squeeze(F @ u[..., None], -1)
+        return dist.MultivariateNormal(loc + std * mean, std**2 * F @ F.mT), twist.constant + log_mass
 
     def _isotropic(self, loc: Event, std: Float[Array, "..."]) -> dist.Distribution:
         # the same class for all five, so that KL divergences between them are closed forms

@@ -1,9 +1,9 @@
-"""The ELBO of a fitted chain per datum, in its named parts, and log importance weights."""
+"""The ELBO of a chain per datum, in its named parts, and what every log-likelihood of a chain is reported as."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
-from numpyro.infer.elbo import get_importance_log_probs
+from scipy.special import logsumexp
 
 from probdiff.chains import GaussianDiffusion
 from probdiff.types import Data, Event, Key, Params
@@ -37,18 +37,24 @@ class ELBOParts:
         return self.reconstruction - self.steps.sum(-1) - self.prior
 
 
+PARTS = ("prior", "steps", "reconstruction")
+Kind = Literal["lower bound", "upper bound", "estimate", "exact"]
+
+
 @dataclass(frozen=True)
 class LogLikelihood:
     """A log-likelihood per datum in nats, in the data's own units.
 
     `values` (N,) or (C, N); `mcse` is the Monte Carlo standard error of `mean` given the data, and
     `standard_error` that of `mean` as an estimate for the population that the data come from: floats, or (C,).
-    `kind` is "lower bound", "upper bound", "estimate" or "exact".
+    `kind` is "lower bound", "upper bound", "estimate" or "exact": for a bound, of the mean over the method's own draws.
+    `pareto_k` is k̂ of each datum's importance weights, where the method has such weights.
     """
 
     values: np.ndarray
     values_mcse: np.ndarray
-    kind: str
+    kind: Kind
+    pareto_k: np.ndarray | None = None
 
     @property
     def mean(self) -> Any:
@@ -84,27 +90,41 @@ def _parts(d: GaussianDiffusion, params: Params, x_0: Event, rng_key: Key) -> tu
     return handlers.substitute(program, data=params)()
 
 
-@partial(jax.jit, static_argnums=0)
-def _log_weights(d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key) -> Float[Array, " N"]:
-    key_p, key_q = jax.random.split(rng_key)
-    model = handlers.seed(partial(d.reverse, stacked=True), key_p)
-    guide = handlers.seed(partial(d.forward_posterior, stacked=True), key_q)
-    log_p, log_q = get_importance_log_probs(model, guide, (x_0,), {}, params)
-
-    def path(log_probs: dict[str, Array]) -> Array:
-        return sum(v if v.ndim == 1 else v.sum(0) for v in log_probs.values())  # type: ignore[return-value]
-
-    return path(log_p) - path(log_q)
-
-
-def _in_chunks(x_0: Data, rng_key: Key, compute: Callable[[Data, Key], Any]) -> Iterator[tuple[int, Any]]:
-    """Calls `compute` on blocks of rows of one size, the last one padded, so that it is compiled once."""
+def in_blocks(
+    x_0: Data, rng_key: Key, compute: Callable[[Data, Key], Any], most: int = _ROWS
+) -> Iterator[tuple[int, Any]]:
+    """Calls `compute` on blocks of at most `most` rows, all of one size, the last one padded: one compilation."""
     n = len(x_0)
-    rows = min(_ROWS, 1 << (n - 1).bit_length())
+    rows = min(most, 1 << (n - 1).bit_length())
     for i, start in enumerate(range(0, n, rows)):
         block = x_0[start : start + rows]
         padded = np.concatenate([block, np.repeat(block[-1:], rows - len(block), axis=0)])
         yield len(block), compute(jnp.asarray(padded), jax.random.fold_in(rng_key, i))
+
+
+def log_mean(log_draws: Float[np.ndarray, "S N"]) -> tuple[np.ndarray, np.ndarray]:
+    """The logarithm of the mean of exp over S draws, and its standard error to first order; (N,) each."""
+    values = logsumexp(log_draws, axis=0) - np.log(len(log_draws))
+    return values, np.exp(log_draws - values).std(0, ddof=1) / np.sqrt(len(log_draws))
+
+
+def _elbo_blocks(
+    d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key, num_draws: int
+) -> Iterator[tuple[ELBOParts, Float[np.ndarray, "S n"]]]:
+    """The parts of each block of rows, and the estimates of their sum that each draw gives."""
+
+    def compute(x_0: Data, rng_key: Key) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        mean: Any = 0.0
+        totals = []
+        for key in jax.random.split(rng_key, num_draws):
+            prior, terms = (np.asarray(part, np.float64) for part in _parts(d, params, x_0, key))
+            mean = mean + terms / num_draws
+            totals.append(terms[0] - terms[1:].sum(0) - prior)
+        return prior, mean, np.stack(totals)
+
+    most = max(16, min(_ROWS, 2**22 // d.num_timesteps))
+    for n, (prior, mean, totals) in in_blocks(x_0, rng_key, compute, most):
+        yield ELBOParts(prior[:n], mean[1:, :n].T, mean[0, :n]), totals[:, :n]
 
 
 def elbo_draws(
@@ -116,40 +136,12 @@ def elbo_draws(
     − KL(q(x_T given x_0) ‖ p(x_T)): KLs in closed form, expectations over x_t from `num_draws` draws for each t.
     x_0 (N, *event_shape) in the chain's own units; nats.
     """
-    priors, means, totals = [], [], []
-    for n, (prior, draws) in _in_chunks(x_0, rng_key, partial(_parts_of_draws, d, params, num_draws)):
-        priors.append(prior[:n])
-        means.append(sum(terms[:, :n] for terms in draws) / num_draws)
-        totals.append(np.stack([(terms[0] - terms[1:].sum(0) - prior)[:n] for terms in draws]))
-    terms = np.concatenate(means, axis=1)
-    return ELBOParts(np.concatenate(priors), terms[1:].T, terms[0]), np.concatenate(totals, axis=1)
+    parts, draws = zip(*_elbo_blocks(d, params, x_0, rng_key, num_draws), strict=True)
+    whole = ELBOParts(*(np.concatenate([getattr(one, name) for one in parts]) for name in PARTS))
+    return whole, np.concatenate(draws, axis=1)
 
 
-def _parts_of_draws(
-    d: GaussianDiffusion, params: Params, num_draws: int, x_0: Data, rng_key: Key
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    draws = [_parts(d, params, jnp.asarray(x_0), key) for key in jax.random.split(rng_key, num_draws)]
-    return np.asarray(draws[0][0], np.float64), [np.asarray(terms, np.float64) for _, terms in draws]
-
-
-def elbo_parts(
-    d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
-) -> tuple[ELBOParts, Float[np.ndarray, " N"]]:
-    """The parts of `elbo_draws`, and the Monte Carlo standard error of their sum per datum, (N,)."""
-    parts, draws = elbo_draws(d, params, x_0, rng_key=rng_key, num_draws=num_draws)
-    return parts, draws.std(0, ddof=1) / np.sqrt(num_draws)
-
-
-def log_importance_weights(
-    d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
-) -> Float[np.ndarray, "S N"]:
-    """log w = log p(x_0…x_T) − log q(x_1…x_T given x_0) for `num_draws` paths per datum, N14; shape (S, N), nats."""
-    blocks = [
-        np.stack(draws)[:, :n]
-        for n, draws in _in_chunks(
-            x_0,
-            rng_key,
-            lambda x, key: [np.asarray(_log_weights(d, params, x, k)) for k in jax.random.split(key, num_draws)],
-        )
-    ]
-    return np.concatenate(blocks, axis=1)
+def elbo(d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int) -> LogLikelihood:
+    """K of `elbo_draws` per datum, a lower bound, in memory that does not grow with N·T."""
+    draws = np.concatenate([draws for _, draws in _elbo_blocks(d, params, x_0, rng_key, num_draws)], axis=1)
+    return LogLikelihood(draws.mean(0), draws.std(0, ddof=1) / np.sqrt(num_draws), "lower bound")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,15 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from numpyro import handlers
 
-from probdiff import diagnostics, likelihood, training
+from probdiff import diagnostics, exact, flow, likelihood, particles, training
 from probdiff.chains import GaussianDiffusion
 from probdiff.datasets import check_data, check_varies, some
 from probdiff.files import atomic_write
 from probdiff.likelihood import ELBOParts, LogLikelihood
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Key, Params
+
+Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
 
 
 def fit(
@@ -146,34 +148,84 @@ class Fit:
             stacked_validation=self.stacked_validation[part],
         )
 
-    def sample(self, rng_key: Key, n: int) -> np.ndarray:
-        """n draws of x_0 by ancestral sampling from p, N7; (n, *event_shape), in the data's own units."""
-        if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-            raise ValueError(f"n is {n!r}; it must be an integer of at least 1")
+    def sample(self, rng_key: Key, n: int, *, paths: bool = False) -> np.ndarray:
+        """n draws of x_0 by ancestral sampling from p, N7; (n, *event_shape), in the data's own units.
+
+        With `paths`, the whole x_0…x_T of each draw, N13: (n, T+1, *event_shape).
+        """
+        _check_count(n, "n", 1)
+        times = range(self.diffusion.num_timesteps + 1) if paths else [0]
         keys = jax.random.split(check_key(rng_key), self.num_chains)
-        draws = [
-            diagnostics.reverse_draws(self.diffusion, self._of(c), keys[c], n, times=[0])[:, 0]
-            for c in range(self.num_chains)
-        ]
-        return self._squeeze(self.loc + self.scale * np.stack(draws))
+        draws = np.stack(
+            [diagnostics.reverse_draws(self.diffusion, self._of(c), keys[c], n, times) for c in range(self.num_chains)]
+        )
+        return self._squeeze(self.loc + self.scale * (draws if paths else draws[:, :, 0]))
 
     def elbo_parts(self, x: ArrayLike, *, rng_key: Key, num_draws: int = 8) -> ELBOParts:
         """The parts of the ELBO per datum, nats, in the data's own units; see `likelihood.ELBOParts`.
 
         The log-determinant is in the reconstruction. Raises as `log_likelihood`.
         """
-        return self._elbo(x, rng_key, num_draws)[0]
+        _check_count(num_draws, "num_draws", 2)
+        x_0, keys = self.standardise(x), jax.random.split(check_key(rng_key), self.num_chains)
+        chains = [
+            likelihood.elbo_draws(self.diffusion, self._of(c), x_0, rng_key=keys[c], num_draws=num_draws)[0]
+            for c in range(self.num_chains)
+        ]
+        prior, steps, first = (self._squeeze(np.stack([getattr(c, name) for c in chains])) for name in likelihood.PARTS)
+        return ELBOParts(prior, steps, first - np.log(self.scale).sum())
 
-    def log_likelihood(self, x: ArrayLike, *, rng_key: Key, method: str = "elbo", num_draws: int = 8) -> LogLikelihood:
+    def log_likelihood(
+        self,
+        x: ArrayLike,
+        *,
+        rng_key: Key | None = None,
+        method: Method = "elbo",
+        num_draws: int = 8,
+        num_particles: int = 100,
+    ) -> LogLikelihood:
         """Log-likelihood per datum of x (N, *event_shape), nats, in the data's own units.
 
-        `method` "elbo": the lower bound K of N17, with closed-form KLs and `num_draws` draws of x_t for each t.
-        Raises `ValueError` or `TypeError` for an x of another shape, of integers, or with entries that are not finite.
+        | `method` | kind | what |
+        |---|---|---|
+        | "elbo" | lower bound | K of N17: closed-form KLs, `num_draws` draws of x_t for each t |
+        | "iwae" | lower bound | `num_particles` whole paths from q; k̂ of their weights; `particles.iwae` |
+        | "smc" | estimate | `num_draws` twisted filters of `num_particles`; `particles.smc` |
+        | "upper" | upper bound | x are paths (N, T+1, *event_shape) of `sample(..., paths=True)`; `particles.upper` |
+        | "ode" | estimate | of the probability flow, not the chain; `num_draws` draws of x_1; `flow.ode` |
+        | "exact" | exact | linear-Gaussian chains, and chains of one dimension; needs no rng_key; `exact.exact` |
+
+        Raises `ValueError` or `TypeError` for an x of another shape, of integers, or with entries that are not finite,
+        for counts below 2, and for a chain that "exact" cannot do.
         """
-        if method != "elbo":
-            raise ValueError(f'method is {method!r}; there is "elbo"')
-        parts, mcse = self._elbo(x, rng_key, num_draws)
-        return LogLikelihood(parts.elbo, mcse, "lower bound")
+        if method not in get_args(Method):
+            raise ValueError(f"method is {method!r}; it must be one of {', '.join(get_args(Method))}")
+        _check_count(num_draws, "num_draws", 2)
+        _check_count(num_particles, "num_particles", 2)
+        C, d = self.num_chains, self.diffusion
+        if method == "upper":
+            x_0 = self._standardise_paths(x)
+        else:
+            x_0 = np.broadcast_to(self.standardise(x), (C, *np.shape(x)))
+        if method == "exact":
+            results = [exact.exact(d, self._of(c), x_0[c]) for c in range(C)]
+        else:
+            run = {
+                "elbo": partial(likelihood.elbo, num_draws=num_draws),
+                "iwae": partial(particles.iwae, num_particles=num_particles),
+                "smc": partial(particles.smc, num_particles=num_particles, num_draws=num_draws),
+                "upper": partial(particles.upper, num_particles=num_particles),
+                "ode": partial(flow.ode, num_draws=num_draws),
+            }[method]
+            keys = jax.random.split(check_key(rng_key), C)
+            results = [run(d, self._of(c), x_0[c], rng_key=keys[c]) for c in range(C)]
+        values, mcse = (
+            self._squeeze(np.stack([getattr(r, name) for r in results])) for name in ("values", "values_mcse")
+        )
+        k = [r.pareto_k for r in results if r.pareto_k is not None]
+        return LogLikelihood(
+            values - np.log(self.scale).sum(), mcse, results[0].kind, self._squeeze(np.stack(k)) if k else None
+        )
 
     def to_datatree(
         self, x: ArrayLike, *, rng_key: Key, num_draws: int = 500, features: Sequence[str] | None = None
@@ -247,24 +299,19 @@ class Fit:
         data = check_data(x, self.diffusion.event_shape, name)
         return ((data - self.loc) / self.scale).astype(jnp.result_type(float))
 
-    def _elbo(self, x: ArrayLike, rng_key: Key, num_draws: int) -> tuple[ELBOParts, np.ndarray]:
-        x_0 = self.standardise(x)
-        if isinstance(num_draws, bool) or not isinstance(num_draws, int | np.integer) or num_draws < 2:
+    def _standardise_paths(self, x: ArrayLike) -> np.ndarray:
+        """x_0…x_T in the chain's own units, (C, N, T+1, *event_shape), checked."""
+        array, C = np.asarray(x), self.num_chains
+        shape = (self.diffusion.num_timesteps + 1, *self.diffusion.event_shape)
+        array = array if C > 1 else array[None]
+        if array.shape[:1] + array.shape[2:] != (C, *shape):
+            wanted = ", ".join([*[str(C)] * (C > 1), "N", *map(str, shape)])
             raise ValueError(
-                f"num_draws is {num_draws!r}; it must be an integer of at least 2, to give a standard error"
+                f'x has shape {np.shape(x)}; method "upper" wants whole paths x_0…x_T drawn from the fit, ({wanted}), '
+                "as sample(rng_key, N, paths=True) gives them"
             )
-        keys = jax.random.split(check_key(rng_key), self.num_chains)
-        chains = [
-            likelihood.elbo_parts(self.diffusion, self._of(c), x_0, rng_key=keys[c], num_draws=num_draws)
-            for c in range(self.num_chains)
-        ]
-        stack = lambda arrays: self._squeeze(np.stack(list(arrays)))  # noqa: E731
-        parts = ELBOParts(
-            stack(parts.prior for parts, _ in chains),
-            stack(parts.steps for parts, _ in chains),
-            stack(parts.reconstruction for parts, _ in chains) - np.log(self.scale).sum(),
-        )
-        return parts, stack(mcse for _, mcse in chains)
+        paths = [check_data(one, shape, "x") for one in array]
+        return ((np.stack(paths) - self.loc) / self.scale).astype(jnp.result_type(float))
 
 
 def _initial_params(d: GaussianDiffusion, rng_key: Key) -> Params:
@@ -272,11 +319,21 @@ def _initial_params(d: GaussianDiffusion, rng_key: Key) -> Params:
     return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
 
 
-def check_key(rng_key: Key) -> Key:
+def _check_count(value: int, name: str, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
+
+
+def check_key(rng_key: Key | None) -> Key:
     """A typed key of `rng_key`, which may be an old-style one. Raises `TypeError` where it is no key."""
     dtype = getattr(rng_key, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and rng_key.shape == ():
+    if (
+        rng_key is not None
+        and dtype is not None
+        and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+        and rng_key.shape == ()
+    ):
         return rng_key
-    if dtype == jnp.uint32 and rng_key.shape == (2,):
+    if rng_key is not None and dtype == jnp.uint32 and rng_key.shape == (2,):
         return jax.random.wrap_key_data(rng_key)
     raise TypeError(f"rng_key is {rng_key!r}; it must be one key, such as jax.random.key(0)")

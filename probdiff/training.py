@@ -162,9 +162,7 @@ def train(
             progress["best"] = params
         else:
             elbo = [
-                likelihood.elbo_parts(d, chain(params, c), validation, rng_key=validation_key, num_draws=2)[
-                    0
-                ].elbo.mean()
+                likelihood.elbo(d, chain(params, c), validation, rng_key=validation_key, num_draws=2).mean
                 for c in range(settings.num_chains)
             ]
             if not np.all(np.isfinite(elbo)):

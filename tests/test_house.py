@@ -8,12 +8,12 @@ import pytest
 import probdiff
 
 ORDER = [
-    "types", "files", "datasets", "schedules", "families", "networks", "chains", "likelihood", "training",
-    "diagnostics", "plots", "results",
+    "types", "files", "datasets", "schedules", "families", "networks", "chains", "likelihood", "particles", "flow", "training",
+    "diagnostics", "plots",
     "derivation.statements", "derivation.ledger", "derivation.estimates", "derivation.pair", "derivation.gradient",
     "derivation.linear",
     "derivation.quadrature", "derivation.feller", "derivation.evidence", "derivation.chain_rows",
-    "derivation.bound_rows", "derivation", "cli",
+    "derivation.bound_rows", "derivation", "exact", "results", "cli",
 ]  # fmt: skip
 PACKAGE = Path(probdiff.__file__).parent
 

@@ -88,13 +88,19 @@ class Grid:
         return elbo + self.log_prior @ np.exp(log_q_t) * h, gap
 
 
+def num_nodes(num_timesteps: int, reach: float, narrowest: float) -> int | None:
+    """Nodes from −reach to reach for kernels of std `narrowest`; None where they would take too much memory."""
+    nodes = 1 + 200 * int(np.ceil(_NODES_PER_STD * reach / narrowest / 100))  # few sizes, so few compilations
+    return nodes if num_timesteps * nodes**2 <= _MOST else None
+
+
 def grid(pair: Pair, reach: float, narrowest: float) -> Grid | None:
     """The chain p of a pair on nodes from −reach to reach, fine enough for kernels of std `narrowest`.
 
     None where that takes too much memory.
     """
-    nodes = 1 + 200 * int(np.ceil(_NODES_PER_STD * reach / narrowest / 100))  # few sizes, so few compilations
-    if pair.num_timesteps * nodes**2 > _MOST:
+    nodes = num_nodes(pair.num_timesteps, reach, narrowest)
+    if nodes is None:
         return None
     y = np.linspace(-reach, reach, nodes)
     to = jnp.asarray(y).reshape(-1, 1, *pair.x.shape[1:])

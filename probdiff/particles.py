@@ -1,0 +1,243 @@
+"""p(x_0) from weighted paths: multi-sample lower and upper bounds, and sequential Monte Carlo along the chain."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import arviz  # noqa: F401  # gives xarray its azstats
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import xarray as xr
+from jaxtyping import Array, Float
+from numpyro import handlers
+from numpyro.infer.elbo import get_importance_log_probs
+from scipy.special import logsumexp
+
+from probdiff.chains import GaussianDiffusion
+from probdiff.families import Twist
+from probdiff.likelihood import LogLikelihood, in_blocks, log_mean
+from probdiff.schedules import NoiseLevels
+from probdiff.types import Data, Event, Key, Params, Time
+
+_ROWS = 256  # triangular solves over more rows at once are many times slower on a CPU
+_FULL = 16  # features up to which a twist has all products of two features
+_POINTS = 8  # for each coefficient of a twist
+_LEAST_SIZE = 0.5  # effective particles over particles below which they are resampled
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_weights(d: GaussianDiffusion, params: Params, x_0: Data, rng_keys: Key) -> Float[Array, "S N"]:
+    def one(rng_key: Key) -> Float[Array, " N"]:
+        key_p, key_q = jax.random.split(rng_key)
+        model = handlers.seed(partial(d.reverse, stacked=True), key_p)
+        guide = handlers.seed(partial(d.forward_posterior, stacked=True), key_q)
+        log_p, log_q = get_importance_log_probs(model, guide, (x_0,), {}, params)
+        path = lambda log_probs: sum(v if v.ndim == 1 else v.sum(0) for v in log_probs.values())  # noqa: E731
+        return path(log_p) - path(log_q)
+
+    return jax.lax.map(one, rng_keys)
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_weight_of(d: GaussianDiffusion, params: Params, paths: Float[Array, "N T+1 *event"]) -> Float[Array, " N"]:
+    """log p(x_0…x_T) − log q(x_1…x_T given x_0) of given paths, as N13 and N5 have it."""
+    noise, kernel = handlers.substitute(d.components, data=params)()
+    x = jnp.moveaxis(paths, 1, 0)
+
+    def term(args: tuple[Event, Event, Array]) -> Float[Array, " N"]:
+        x_prev, x_t, t = args
+        return kernel(x_t, t).log_prob(x_prev) - d.family.step(x_prev, noise, t).log_prob(x_t)
+
+    terms = jax.lax.map(term, (x[:-1], x[1:], jnp.arange(1, d.num_timesteps + 1)))
+    return d.family.prior(x.shape[1:2]).log_prob(x[-1]) + terms.sum(0)
+
+
+def _weights_in_blocks(
+    d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key, num_draws: int
+) -> Iterator[Float[np.ndarray, "S n"]]:
+    draw = lambda x, key: np.asarray(_log_weights(d, params, x, jax.random.split(key, num_draws)))  # noqa: E731
+    for n, log_w in in_blocks(x_0, rng_key, draw, _ROWS):
+        yield log_w[:, :n].astype(np.float64)
+
+
+def log_importance_weights(
+    d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
+) -> Float[np.ndarray, "S N"]:
+    """log w = log p(x_0…x_T) − log q(x_1…x_T given x_0) for `num_draws` paths per datum, N14; shape (S, N), nats."""
+    return np.concatenate(list(_weights_in_blocks(d, params, x_0, rng_key, num_draws)), axis=1)
+
+
+def iwae(d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles: int) -> LogLikelihood:
+    """The multi-sample bound E log (1/S) Σ_s w_s ≤ log p(x_0), w of N14 from S whole paths (Burda et al. 2016).
+
+    It rises to log p(x_0) with S; S = 1 is the ELBO. x_0 (N, *event_shape) in the chain's own units; nats.
+    """
+    blocks = [(*log_mean(log_w), _k_of(log_w)) for log_w in _weights_in_blocks(d, params, x_0, rng_key, num_particles)]
+    values, mcse, k = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    return LogLikelihood(values, mcse, "lower bound", k)
+
+
+def upper(
+    d: GaussianDiffusion,
+    params: Params,
+    paths: Float[np.ndarray, "N T+1 *event"],
+    *,
+    rng_key: Key,
+    num_particles: int,
+) -> LogLikelihood:
+    """The upper bound log p(x_0) ≤ E log (1/S) Σ_s w_s in which the first path is drawn from p(x_1…x_T given x_0).
+
+    The other S − 1 are drawn from q (bidirectional Monte Carlo: Grosse, Ghahramani and Adams 2015).
+    `paths` (N, T+1, *event_shape), x_0 first, must be ancestral draws from p: then x_1…x_T is an exact posterior draw
+    given its x_0. For other x_0 no such draw is known, and there is no bound. Chain's own units; nats.
+    """
+    blocks, S = [], num_particles
+    of_p = in_blocks(paths, rng_key, lambda x, _: np.asarray(_log_weight_of(d, params, x)), _ROWS)
+    of_q = _weights_in_blocks(d, params, paths[:, 0], rng_key, S - 1)
+    for (n, first), others in zip(of_p, of_q, strict=True):
+        log_w = np.concatenate([first[None, :n], others])
+        values = logsumexp(log_w, axis=0) - np.log(S)
+        w = np.exp(log_w - values)
+        posterior = w / w.sum(0)
+        spread = np.sum(posterior * w**2, 0) - np.sum(posterior * w, 0) ** 2  # of the first weight
+        blocks.append((values, np.sqrt(spread + (S - 1) * w[1:].var(0)) / S, _k_of(others)))
+    values, mcse, k = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    return LogLikelihood(values, mcse, "upper bound", k)
+
+
+def smc(
+    d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles: int, num_draws: int
+) -> LogLikelihood:
+    """An estimate of p(x_0), unbiased, by `num_draws` twisted particle filters of `num_particles` along the chain.
+
+    The filter runs from x_T to x_1 with the targets p(x_t…x_T)·ψ_t(x_t) and the proposals p(x_{t−1} given x_t)·ψ_{t−1}.
+    log ψ_t is a quadratic of x_t fitted, from t = 1 up, to log p(x_0 given x_1) and to
+    log ∫ p(x_{t−1} given x_t)·ψ_{t−1}(x_{t−1}) dx_{t−1} at draws from q(x_t given x_0), so that ψ_t is nearly
+    p(x_0 given x_t) (Guarniero, Johansen and Lee 2017; Heng et al. 2020). Particles are resampled, systematically,
+    where their effective number falls below half. log of the mean over the filters, and its
+    standard error from their spread; the logarithm is low by half the square of that error, to first order.
+    x_0 (N, *event_shape) in the chain's own units; nats.
+    """
+    size = max(1, int(np.prod(d.event_shape)))
+    state = num_draws * num_particles * size * (size if size <= _FULL else 1)
+
+    def run(x: Data, key: Key) -> np.ndarray:
+        return np.asarray(_filters(d, params, x, jax.random.split(key, len(x)), num_particles, num_draws), np.float64).T
+
+    most = max(1, min(_ROWS, 2**21 // state))
+    blocks = [log_mean(log_p[:, :n]) for n, log_p in in_blocks(x_0, rng_key, run, most)]
+    values, mcse = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    return LogLikelihood(values, mcse, "estimate")
+
+
+@partial(jax.jit, static_argnums=(0, 4, 5))
+def _filters(
+    d: GaussianDiffusion, params: Params, x_0: Data, rng_keys: Key, num_particles: int, num_draws: int
+) -> Float[Array, "N R"]:
+    """log p̂(x_0) of each filter, for each datum."""
+    noise, kernel = handlers.substitute(d.components, data=params)()
+
+    def one_datum(x_0: Event, rng_key: Key) -> Float[Array, " R"]:
+        key_twists, key_filters = jax.random.split(rng_key)
+        twists = _twists(d, noise, kernel, x_0, key_twists)
+        one = lambda key: _filter(d, kernel, twists, x_0, key, num_particles)  # noqa: E731
+        return jax.vmap(one)(jax.random.split(key_filters, num_draws))
+
+    return jax.vmap(one_datum)(jnp.asarray(x_0), rng_keys)
+
+
+type Kernel = Callable[[Event, Time], dist.Distribution]
+
+
+def _twists(d: GaussianDiffusion, noise: NoiseLevels, kernel: Kernel, x_0: Event, rng_key: Key) -> Twist:
+    """ψ_1…ψ_T, each leaf with a leading axis of T."""
+    size = x_0.size
+    rows, columns = jnp.triu_indices(size) if size <= _FULL else (jnp.arange(size), jnp.arange(size))
+    num_points = max(500, _POINTS * (1 + size + len(rows)))
+
+    def fit(below: Twist, args: tuple[Array, Key]) -> tuple[Twist, Twist]:
+        t, key = args
+        shrink, std = noise.marginal(t)
+        loc = shrink * jnp.ravel(x_0)
+        z = jax.random.normal(key, (num_points, size))
+        p = kernel((loc + std * z).reshape(num_points, *x_0.shape), t)
+        wanted = jnp.where(t == 1, p.log_prob(x_0), d.family.tilted(p, below)[1])
+        # Hermite polynomials, orthogonal at draws from N(0, I)
+        products = z[:, rows] * z[:, columns] - (rows == columns)
+        features = jnp.concatenate([jnp.ones((num_points, 1)), z, products], 1)
+        gram = features.T @ features / num_points + 1e-4 * jnp.eye(features.shape[1])
+        mean = wanted.mean()  # solved for apart, to keep digits
+        solution = jnp.linalg.solve(gram, features.T @ (wanted - mean) / num_points)
+        constant, linear, bend = solution[0] + mean, solution[1 : 1 + size], solution[1 + size :]
+        constant = constant - jnp.sum(jnp.where(rows == columns, bend, 0))
+        # held convex, so that every tilted kernel is a density
+        if size <= _FULL:
+            curvature = jnp.zeros((size, size)).at[rows, columns].add(-bend).at[columns, rows].add(-bend)
+            values, vectors = jnp.linalg.eigh(curvature)
+            curvature = (vectors * jnp.maximum(values, 0)) @ vectors.T
+        else:
+            curvature = jnp.maximum(-2 * bend, 0)
+        twist = Twist(loc, std, constant, linear, curvature)
+        return twist, twist
+
+    blank = jnp.zeros((size, size) if size <= _FULL else size)
+    start = Twist(jnp.zeros(size), jnp.ones(()), jnp.zeros(()), jnp.zeros(size), blank)
+    T = d.num_timesteps
+    return jax.lax.scan(fit, start, (jnp.arange(1, T + 1), jax.random.split(rng_key, T)))[1]
+
+
+def _filter(
+    d: GaussianDiffusion, kernel: Kernel, twists: Twist, x_0: Event, rng_key: Key, num_particles: int
+) -> Float[Array, ""]:
+    """log p̂(x_0) of one filter."""
+    from blackjax.smc.resampling import systematic  # slow to import, and only this wants it
+
+    T, S = d.num_timesteps, num_particles
+    twist_at = lambda t: jax.tree.map(lambda leaf: leaf[t - 1], twists)  # noqa: E731
+
+    def step(carry: tuple[Array, Array, Array], args: tuple[Array, Key]) -> tuple[tuple[Array, Array, Array], None]:
+        x_t, log_w, log_p = carry
+        t, key = args
+        key_resample, key_move = jax.random.split(key)
+        p = kernel(x_t.reshape(S, *x_0.shape), t)
+        proposal, log_mass = d.family.tilted(p, twist_at(jnp.maximum(t - 1, 1)))
+        log_w = log_w + jnp.where(t == 1, p.log_prob(x_0), log_mass) - twist_at(t)(x_t)
+        shares = jax.nn.softmax(log_w)
+        resample = (t > 1) & (1 / jnp.sum(shares**2) < _LEAST_SIZE * S)
+        parents = jnp.where(resample, systematic(key_resample, shares, S), jnp.arange(S))
+        log_p = log_p + jnp.where(resample, jax.nn.logsumexp(log_w) - jnp.log(S), 0.0)
+        log_w = jnp.where(resample, 0.0, log_w)
+        x_prev = jax.tree.map(lambda leaf: leaf[parents], proposal).sample(key_move)
+        return (x_prev, log_w, log_p), None
+
+    key_first, key_steps = jax.random.split(rng_key)
+    first, log_mass = d.family.tilted(d.family.prior((S,)), twist_at(T))
+    start = (first.sample(key_first), log_mass, jnp.zeros(()))
+    (_, log_w, log_p), _ = jax.lax.scan(step, start, (jnp.arange(T, 0, -1), jax.random.split(key_steps, T)))
+    return log_p + jax.nn.logsumexp(log_w) - jnp.log(S)
+
+
+def _k_of(log_w: Float[np.ndarray, "S N"]) -> Float[np.ndarray, " N"]:
+    """k̂ of the draws for each datum; NaN where they are too few to have a tail."""
+    if len(log_w) < 25:
+        return np.full(log_w.shape[1], np.nan)
+    return pareto_k(xr.DataArray(log_w, dims=("draw", "datum"))).to_numpy()
+
+
+def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
+    """Pareto k̂ of the importance weights of each datum, from draws of log w; dims chain, datum.
+
+    Below `k_threshold` an importance-weighted estimate from these draws can be trusted (Vehtari et al. 2024).
+    """
+    spread = log_weight.max("draw") - log_weight.min("draw")
+    equal = spread < 1e-6  # equal weights have no tail to fit
+    wiggle = xr.DataArray(np.linspace(0, 1e-3, log_weight.sizes["draw"]), dims="draw")
+    with np.errstate(over="ignore"):  # weights that are worlds apart have k̂ = ∞
+        _, k = (-log_weight.where(~equal, wiggle)).azstats.psislw(dim=["draw"])
+    return k.where(~equal, -np.inf)
+
+
+def k_threshold(num_draws: int) -> float:
+    """min(1 − 1/log₁₀ S, 0.7) for S draws (Vehtari et al. 2024)."""
+    return min(1 - 1 / np.log10(num_draws), 0.7)
