@@ -6,15 +6,17 @@ import numpy as np
 from jaxtyping import Array
 from numpyro import handlers
 
+from probdiff import diagnostics
 from probdiff.chains import GaussianDiffusion
 from probdiff.derivation.linear import LinearChain, normal_log_prob
-from probdiff.derivation.quadrature import Grid, num_nodes
+from probdiff.derivation.quadrature import NODES_PER_STD
 from probdiff.likelihood import LogLikelihood
 from probdiff.types import Data, Params
 
 _PROBES = 8
 _LINEAR = 1e-9  # relative departure from a straight line that is rounding
 _ACCURACY = 1e-5  # nats
+_MOST_NODES = 5001
 
 
 def exact(d: GaussianDiffusion, params: Params, x_0: Data) -> LogLikelihood:
@@ -65,29 +67,39 @@ def _linear(d: GaussianDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray
 
 
 def _quadrature(d: GaussianDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray:
+    """On a grid as wide and as fine as draws from p ask for, checked against one of every other node."""
+    draws = diagnostics.reverse_draws(d, params, jax.random.key(0), 1024, range(d.num_timesteps + 1))
     _, kernel = handlers.substitute(d.components, data=params)()
-    shape, times = (-1, *d.event_shape), jnp.arange(1, d.num_timesteps + 1)
-
-    reach = max(8.0, 1.2 * float(np.abs(x_0).max()))
-    coarse = jnp.linspace(-reach, reach, 2001).reshape(shape)
-    narrowest = float(jnp.sqrt(jax.lax.map(lambda t: kernel(coarse, t).variance.min(), times).min()))
-    nodes = num_nodes(d.num_timesteps, reach, narrowest)
-    if nodes is None:
+    stds = jax.lax.map(
+        lambda args: jnp.sqrt(kernel(*args).variance.min()),
+        (jnp.moveaxis(jnp.asarray(draws[:, 1:]), 1, 0), jnp.arange(1, d.num_timesteps + 1)),
+    )
+    reach, narrowest = 1 + 1.6 * max(np.abs(draws).max(), np.abs(x_0).max()), float(stds.min())
+    nodes = 1 + 200 * int(np.ceil(NODES_PER_STD * reach / narrowest / 100))  # few sizes, so few compilations
+    if nodes > _MOST_NODES:
         raise ValueError(
-            f'method "exact" would need too large a grid: T = {d.num_timesteps}, and the narrowest reverse kernel has '
-            f'standard deviation {narrowest:.2g}: use "iwae" or "smc"'
+            f'method "exact" would need a grid of {nodes:,} nodes, since a reverse kernel has standard deviation '
+            f'{narrowest:.2g}; {_MOST_NODES:,} is the most: use "iwae" or "smc"'
         )
-    y = np.linspace(-reach, reach, nodes)
-    x = jnp.asarray(y).reshape(shape)
 
     @jax.jit
-    def log_kernel(to: Array, t: Array) -> Array:
-        return jax.vmap(lambda one: kernel(x, t).log_prob(one.reshape(d.event_shape)))(to)
+    def log_p(y: Array) -> Array:
+        x, log_h = y.reshape(-1, *d.event_shape), jnp.log(y[1] - y[0])
 
-    kernels = np.asarray(jax.lax.map(lambda t: log_kernel(jnp.asarray(y), t), times))
-    log_prior = np.asarray(d.family.prior((nodes,)).log_prob(x))
-    grid = Grid(y, log_prior, kernels, np.asarray(log_kernel(jnp.asarray(x_0), 1)))
-    error = max(np.abs(coarse.log_p - grid.log_p).max() for coarse in grid.coarser())
+        def carried(log_p_t: Array, t: Array, to: Array) -> Array:
+            """log ∫ p(to given x_t)·p(x_t) dx_t."""
+            p = kernel(x, t)
+            one = lambda x_prev: jax.nn.logsumexp(p.log_prob(x_prev) + log_p_t) + log_h  # noqa: E731
+            return jax.lax.map(one, to, batch_size=64)
+
+        log_p_T = d.family.prior(y.shape).log_prob(x)
+        times = jnp.arange(d.num_timesteps, 1, -1)
+        log_p_1, _ = jax.lax.scan(lambda log_p_t, t: (carried(log_p_t, t, x), None), log_p_T, times)
+        return carried(log_p_1, jnp.asarray(1), jnp.asarray(x_0))
+
+    y = jnp.linspace(-reach, reach, nodes)
+    values = np.asarray(log_p(y))
+    error = max(np.abs(log_p(some) - values).max() for some in (y[::2], y[nodes // 20 : -(nodes // 20)]))
     if not error < _ACCURACY:
-        raise ValueError(f"the quadrature of p(x_0) is right to {error:.1g} nats only, where {_ACCURACY:g} is wanted")
-    return grid.log_p
+        raise ValueError(f"the quadrature of p(x_0) is right to {error:.1g} nats only; {_ACCURACY:g} is wanted")
+    return values

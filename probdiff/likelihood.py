@@ -90,13 +90,14 @@ def _parts(d: GaussianDiffusion, params: Params, x_0: Event, rng_key: Key) -> tu
     return handlers.substitute(program, data=params)()
 
 
-def in_blocks(
-    x_0: Data, rng_key: Key, compute: Callable[[Data, Key], Any], most: int = _ROWS
-) -> Iterator[tuple[int, Any]]:
-    """Calls `compute` on blocks of at most `most` rows, all of one size, the last one padded: one compilation."""
-    n = len(x_0)
-    rows = min(most, 1 << (n - 1).bit_length())
-    for i, start in enumerate(range(0, n, rows)):
+def block_size(num_rows: int, most: int = _ROWS) -> int:
+    """Rows to a block: a power of two, at most `most`, so that few sizes are compiled."""
+    return min(most, 1 << (num_rows - 1).bit_length())
+
+
+def in_blocks(x_0: Data, rng_key: Key, compute: Callable[[Data, Key], Any], rows: int) -> Iterator[tuple[int, Any]]:
+    """Calls `compute` on blocks of `rows` rows, the last one padded; gives how many rows count, and the result."""
+    for i, start in enumerate(range(0, len(x_0), rows)):
         block = x_0[start : start + rows]
         padded = np.concatenate([block, np.repeat(block[-1:], rows - len(block), axis=0)])
         yield len(block), compute(jnp.asarray(padded), jax.random.fold_in(rng_key, i))
@@ -122,8 +123,8 @@ def _elbo_blocks(
             totals.append(terms[0] - terms[1:].sum(0) - prior)
         return prior, mean, np.stack(totals)
 
-    most = max(16, min(_ROWS, 2**22 // d.num_timesteps))
-    for n, (prior, mean, totals) in in_blocks(x_0, rng_key, compute, most):
+    rows = block_size(len(x_0), max(16, min(_ROWS, 2**22 // d.num_timesteps)))
+    for n, (prior, mean, totals) in in_blocks(x_0, rng_key, compute, rows):
         yield ELBOParts(prior[:n], mean[1:, :n].T, mean[0, :n]), totals[:, :n]
 
 

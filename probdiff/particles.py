@@ -16,7 +16,7 @@ from scipy.special import logsumexp
 
 from probdiff.chains import GaussianDiffusion
 from probdiff.families import Twist
-from probdiff.likelihood import LogLikelihood, in_blocks, log_mean
+from probdiff.likelihood import LogLikelihood, block_size, in_blocks, log_mean
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Data, Event, Key, Params, Time
 
@@ -36,7 +36,8 @@ def _log_weights(d: GaussianDiffusion, params: Params, x_0: Data, rng_keys: Key)
         path = lambda log_probs: sum(v if v.ndim == 1 else v.sum(0) for v in log_probs.values())  # noqa: E731
         return path(log_p) - path(log_q)
 
-    return jax.lax.map(one, rng_keys)
+    # few rows alone would be all overhead
+    return jax.lax.map(one, rng_keys, batch_size=max(1, _ROWS // len(x_0)))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -57,7 +58,7 @@ def _weights_in_blocks(
     d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key, num_draws: int
 ) -> Iterator[Float[np.ndarray, "S n"]]:
     draw = lambda x, key: np.asarray(_log_weights(d, params, x, jax.random.split(key, num_draws)))  # noqa: E731
-    for n, log_w in in_blocks(x_0, rng_key, draw, _ROWS):
+    for n, log_w in in_blocks(x_0, rng_key, draw, block_size(len(x_0), _ROWS)):
         yield log_w[:, :n].astype(np.float64)
 
 
@@ -93,7 +94,8 @@ def upper(
     given its x_0. For other x_0 no such draw is known, and there is no bound. Chain's own units; nats.
     """
     blocks, S = [], num_particles
-    of_p = in_blocks(paths, rng_key, lambda x, _: np.asarray(_log_weight_of(d, params, x)), _ROWS)
+    rows = block_size(len(paths), _ROWS)
+    of_p = in_blocks(paths, rng_key, lambda x, _: np.asarray(_log_weight_of(d, params, x)), rows)
     of_q = _weights_in_blocks(d, params, paths[:, 0], rng_key, S - 1)
     for (n, first), others in zip(of_p, of_q, strict=True):
         log_w = np.concatenate([first[None, :n], others])
@@ -109,25 +111,36 @@ def upper(
 def smc(
     d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles: int, num_draws: int
 ) -> LogLikelihood:
-    """An estimate of p(x_0), unbiased, by `num_draws` twisted particle filters of `num_particles` along the chain.
+    """An estimate of p(x_0), unbiased, by `num_draws` particle filters of `num_particles` along the chain.
 
-    The filter runs from x_T to x_1 with the targets p(x_t…x_T)·ψ_t(x_t) and the proposals p(x_{t−1} given x_t)·ψ_{t−1}.
+    A filter runs from x_T to x_1 with the targets p(x_t…x_T)·ψ_t(x_t) and the proposals p(x_{t−1} given x_t)·ψ_{t−1}.
     log ψ_t is a quadratic of x_t fitted, from t = 1 up, to log p(x_0 given x_1) and to
     log ∫ p(x_{t−1} given x_t)·ψ_{t−1}(x_{t−1}) dx_{t−1} at draws from q(x_t given x_0), so that ψ_t is nearly
-    p(x_0 given x_t) (Guarniero, Johansen and Lee 2017; Heng et al. 2020). Particles are resampled, systematically,
-    where their effective number falls below half. log of the mean over the filters, and its
-    standard error from their spread; the logarithm is low by half the square of that error, to first order.
+    p(x_0 given x_t) (Guarniero, Johansen and Lee 2017; Heng et al. 2020): exactly so for linear-Gaussian chains.
+    Particles are resampled, systematically, where their effective number falls below half. Where no quadratic is near
+    p(x_0 given x_t), whole paths from q are the better particles: for each datum a first run of both
+    finds the one of less spread, and a second run, independent of it, counts. Values are the log of the mean over
+    filters, with the standard error from their spread; they are low by half its square, to first order.
     x_0 (N, *event_shape) in the chain's own units; nats.
     """
-    size = max(1, int(np.prod(d.event_shape)))
-    state = num_draws * num_particles * size * (size if size <= _FULL else 1)
+    S, R, size = num_particles, num_draws, int(np.prod(d.event_shape))
+    rows = block_size(len(x_0), max(1, min(_ROWS, 2**21 // (R * S * size * (size if size <= _FULL else 1)))))
 
-    def run(x: Data, key: Key) -> np.ndarray:
-        return np.asarray(_filters(d, params, x, jax.random.split(key, len(x)), num_particles, num_draws), np.float64).T
+    def twisted(x: Data, rng_key: Key) -> Float[np.ndarray, "R n"]:
+        run = lambda x, key: np.asarray(_filters(d, params, x, jax.random.split(key, rows), S, R), np.float64)  # noqa: E731
+        return np.concatenate([log_p[:n] for n, log_p in in_blocks(x, rng_key, run, rows)]).T
 
-    most = max(1, min(_ROWS, 2**21 // state))
-    blocks = [log_mean(log_p[:, :n]) for n, log_p in in_blocks(x_0, rng_key, run, most)]
-    values, mcse = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    def whole(x: Data, rng_key: Key) -> Float[np.ndarray, "R n"]:
+        draws = (log_w.reshape(R, S, -1) for log_w in _weights_in_blocks(d, params, x, rng_key, R * S))
+        return np.concatenate([logsumexp(log_w, axis=1) - np.log(S) for log_w in draws], axis=1)
+
+    keys = jax.random.split(rng_key, (2, 2))
+    spread = [log_mean(run(x_0, key))[1] for run, key in zip((twisted, whole), keys[0], strict=True)]
+    better = np.argmin(spread, axis=0)
+    values, mcse = np.empty((2, len(x_0)))
+    for i, run in enumerate((twisted, whole)):
+        if np.any(better == i):
+            values[better == i], mcse[better == i] = log_mean(run(x_0[better == i], keys[1, i]))
     return LogLikelihood(values, mcse, "estimate")
 
 

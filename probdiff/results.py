@@ -20,7 +20,7 @@ from probdiff.datasets import check_data, check_varies, some
 from probdiff.files import atomic_write
 from probdiff.likelihood import ELBOParts, LogLikelihood
 from probdiff.schedules import NoiseLevels
-from probdiff.types import Key, Params
+from probdiff.types import Key, Params, check_key
 
 Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
 
@@ -192,7 +192,7 @@ class Fit:
         | "iwae" | lower bound | `num_particles` whole paths from q; k̂ of their weights; `particles.iwae` |
         | "smc" | estimate | `num_draws` twisted filters of `num_particles`; `particles.smc` |
         | "upper" | upper bound | x are paths (N, T+1, *event_shape) of `sample(..., paths=True)`; `particles.upper` |
-        | "ode" | estimate | of the probability flow, not the chain; `num_draws` draws of x_1; `flow.ode` |
+        | "ode" | estimate | of the flow, not the chain; a lower bound of it beyond 16 features; `flow.ode` |
         | "exact" | exact | linear-Gaussian chains, and chains of one dimension; needs no rng_key; `exact.exact` |
 
         Raises `ValueError` or `TypeError` for an x of another shape, of integers, or with entries that are not finite,
@@ -322,18 +322,3 @@ def _initial_params(d: GaussianDiffusion, rng_key: Key) -> Params:
 def _check_count(value: int, name: str, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
-
-
-def check_key(rng_key: Key | None) -> Key:
-    """A typed key of `rng_key`, which may be an old-style one. Raises `TypeError` where it is no key."""
-    dtype = getattr(rng_key, "dtype", None)
-    if (
-        rng_key is not None
-        and dtype is not None
-        and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-        and rng_key.shape == ()
-    ):
-        return rng_key
-    if rng_key is not None and dtype == jnp.uint32 and rng_key.shape == (2,):
-        return jax.random.wrap_key_data(rng_key)
-    raise TypeError(f"rng_key is {rng_key!r}; it must be one key, such as jax.random.key(0)")

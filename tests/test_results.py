@@ -196,8 +196,8 @@ def test_bad_arguments_are_refused(x, single):
         small(validation=x[:, :1])(x)
     with pytest.raises(TypeError, match="num_step"):
         probdiff.fit(d, x, rng_key=KEY, num_step=3)
-    with pytest.raises(ValueError, match="method is 'ode'; there is \"elbo\""):
-        single.log_likelihood(x, rng_key=KEY, method="ode")
+    with pytest.raises(ValueError, match="method is 'nuts'; it must be one of elbo, iwae"):
+        single.log_likelihood(x, rng_key=KEY, method="nuts")
     with pytest.raises(ValueError, match="num_draws is 1"):
         single.log_likelihood(x, rng_key=KEY, num_draws=1)
     with pytest.raises(ValueError, match=r"row\(s\) 0"):

@@ -19,8 +19,7 @@ from probdiff.derivation.gradient import jittered
 from probdiff.derivation.ledger import Comparison, Ledger, Row, Verdict
 from probdiff.derivation.pair import Pair, Program
 from probdiff.derivation.statements import STATEMENTS, Statement
-from probdiff.results import check_key
-from probdiff.types import Key, Params
+from probdiff.types import Key, Params, check_key
 
 __all__ = ["Comparison", "Ledger", "Row", "Statement", "check", "forms", "typical_params"]
 

@@ -13,7 +13,7 @@ from probdiff.derivation.linear import LinearChain
 from probdiff.derivation.pair import Pair
 
 _MOST = 5e7  # entries of the kernels on the nodes, T·M²
-_NODES_PER_STD = 1.6  # the trapezium rule on a Gaussian is then right to 11 digits
+NODES_PER_STD = 1.6  # the trapezium rule on a Gaussian is then right to 11 digits
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,13 @@ class Grid:
         return elbo + self.log_prior @ np.exp(log_q_t) * h, gap
 
 
-def num_nodes(num_timesteps: int, reach: float, narrowest: float) -> int | None:
-    """Nodes from −reach to reach for kernels of std `narrowest`; None where they would take too much memory."""
-    nodes = 1 + 200 * int(np.ceil(_NODES_PER_STD * reach / narrowest / 100))  # few sizes, so few compilations
-    return nodes if num_timesteps * nodes**2 <= _MOST else None
-
-
 def grid(pair: Pair, reach: float, narrowest: float) -> Grid | None:
     """The chain p of a pair on nodes from −reach to reach, fine enough for kernels of std `narrowest`.
 
     None where that takes too much memory.
     """
-    nodes = num_nodes(pair.num_timesteps, reach, narrowest)
-    if nodes is None:
+    nodes = 1 + 200 * int(np.ceil(NODES_PER_STD * reach / narrowest / 100))  # few sizes, so few compilations
+    if pair.num_timesteps * nodes**2 > _MOST:
         return None
     y = np.linspace(-reach, reach, nodes)
     to = jnp.asarray(y).reshape(-1, 1, *pair.x.shape[1:])
