@@ -17,7 +17,9 @@ from numpyro.distributions import constraints
 
 from probdiff.types import Time
 
-_LARGEST_BETA = 0.999  # of the initial β_t of a learned schedule, and of the cosine schedule
+_LARGEST_BETA = 0.999  # of the schedules that rise to 1
+# of a learned schedule: where β_t is near 1 the step keeps no signal and the ELBO is flat, so that β_t would stay there
+_LARGEST_INITIAL_BETA = 0.5
 
 
 class NoiseLevels(eqx.Module):
@@ -190,7 +192,8 @@ class LearnedBetas:
     """One free parameter per step: the NumPyro param "beta" of shape (T,), constrained to (0, 1), N4.
 
     `initial` is a schedule, such as `cosine(num_timesteps)`, or T values in (0, 1), by default `log_snr_linear`.
-    A schedule's β_t above 0.999 start there. Raises `ValueError` where T < 1 or `initial` does not fit.
+    A schedule's β_t above 0.5 start there; T values start where they are.
+    Raises `ValueError` where T < 1 or `initial` does not fit.
     """
 
     num_timesteps: int
@@ -199,7 +202,7 @@ class LearnedBetas:
     def __post_init__(self) -> None:
         _check_num_timesteps(self.num_timesteps)
         initial = log_snr_linear(self.num_timesteps) if self.initial is None else self.initial
-        beta = np.minimum(initial.beta, _LARGEST_BETA) if hasattr(initial, "beta") else initial
+        beta = np.minimum(initial.beta, _LARGEST_INITIAL_BETA) if hasattr(initial, "beta") else initial
         beta = _checked_beta(beta)
         if len(beta) != self.num_timesteps:
             raise ValueError(f"initial has {len(beta)} values; num_timesteps is {self.num_timesteps}")
@@ -218,7 +221,7 @@ class LearnedSNR:
     β_t = (1 − ᾱ_t)·(1 − exp(γ(t/T) − γ((t−1)/T))) (Kingma et al. 2021, appendix A), β_1 = 1 − ᾱ_1.
 
     NumPyro params: "log_snr_start" γ_0, "log_snr_span" s > 0, "log_snr_shares" (num_knots,) on the simplex.
-    The initial γ is linear from 10 to −10. Raises `ValueError` where T < 1 or num_knots < 2.
+    The initial γ is linear from 8 to −2. Raises `ValueError` where T < 1 or num_knots < 2.
     """
 
     num_timesteps: int
@@ -230,8 +233,8 @@ class LearnedSNR:
             raise ValueError(f"num_knots is {self.num_knots}; it must be at least 2")
 
     def __call__(self) -> NoiseLevels:
-        start = numpyro.param("log_snr_start", jnp.asarray(10.0))
-        span = numpyro.param("log_snr_span", jnp.asarray(20.0), constraint=constraints.positive)
+        start = numpyro.param("log_snr_start", jnp.asarray(8.0))
+        span = numpyro.param("log_snr_span", jnp.asarray(10.0), constraint=constraints.positive)
         uniform = jnp.full(self.num_knots, 1 / self.num_knots)
         shares = numpyro.param("log_snr_shares", uniform, constraint=constraints.simplex)
         # the share of each piece that lies in each step is known exactly, so that a step's fall

@@ -26,16 +26,18 @@ from probdiff.types import Data, Key, Params
 
 Objective = Literal["at_time", "mean_field", "trace"]
 
+_SCHEDULE_RATE = 10.0  # logits of β_t travel by several units, weights of a network by tenths
+
 
 @dataclass(frozen=True)
 class Settings:
     """How a chain is fitted.
 
     `objective`: "at_time" (one t per datum), "mean_field" (all t, closed-form KLs) or "trace" (all t, N17 as it is).
-    The learning rate falls from `learning_rate` to zero along a cosine over `num_steps`; `gradient_clip` bounds
-    the global norm of the gradient of the loss per datum. Progress, validation and checkpoints come every
-    `check_every` steps. With `patience`, fitting stops when no chain's validation ELBO has risen for that
-    many checks.
+    The learning rate falls from `learning_rate`, and from ten times that for the schedule's params, to zero along a
+    cosine over `num_steps`; `gradient_clip` bounds the global norm of the gradient of the loss per datum. Progress,
+    validation and checkpoints come every `check_every` steps. With `patience`, fitting stops when no chain's
+    validation ELBO has risen for that many checks.
     """
 
     num_steps: int = 20_000
@@ -81,7 +83,11 @@ def make_svi(d: GaussianDiffusion, settings: Settings) -> SVI:
     }[settings.objective]
     static = {} if settings.objective == "at_time" else {"stacked": True}
     rate = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(settings.gradient_clip), optax.adam(rate))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(settings.gradient_clip),
+        optax.adam(rate),
+        optax.masked(optax.scale(_SCHEDULE_RATE), lambda params: {name: name != "network$params" for name in params}),
+    )
     return SVI(
         handlers.scale(model, scale=1 / settings.batch_size),
         handlers.scale(guide, scale=1 / settings.batch_size),

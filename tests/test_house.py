@@ -12,7 +12,7 @@ ORDER = [
     "training", "diagnostics", "plots",
     "derivation.statements", "derivation.ledger", "derivation.estimates", "derivation.pair", "derivation.gradient",
     "derivation.linear",
-    "derivation.quadrature", "derivation.feller", "derivation.evidence", "derivation.chain_rows",
+    "derivation.quadrature", "derivation.feller", "derivation.oracle", "derivation.evidence", "derivation.chain_rows",
     "derivation.bound_rows", "derivation", "exact", "results", "cli",
 ]  # fmt: skip
 PACKAGE = Path(probdiff.__file__).parent

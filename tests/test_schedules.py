@@ -30,7 +30,7 @@ def exact_beta(name):
         f = np.cos(np.pi / 2 * (np.arange(T + 1) / T + 0.008) / 1.008) ** 2
         return np.minimum(1 - f[1:] / f[:-1], 0.999)
     if name in ("log_snr_linear", "learned betas, default", "learned SNR"):
-        log_snr = 10 - 20 * t / T if name == "learned SNR" else np.linspace(5, -2, T)
+        log_snr = 8 - 10 * t / T if name == "learned SNR" else np.linspace(5, -2, T)
         alpha_bar = np.concatenate([[1], 1 / (1 + np.exp(-log_snr))])
         return 1 - alpha_bar[1:] / alpha_bar[:-1]
     return TINY_FIRST
@@ -117,8 +117,9 @@ def test_learned_betas_are_a_constrained_param():
     schedule = schedules.LearnedBetas(4, schedules.harmonic(4))
     site = handlers.trace(schedule).get_trace()["beta"]
     assert site["type"] == "param"
-    np.testing.assert_allclose(site["value"], [1 / 4, 1 / 3, 1 / 2, 0.999], rtol=1e-6)
+    np.testing.assert_allclose(site["value"], [1 / 4, 1 / 3, 1 / 2, 1 / 2], rtol=1e-6)
     assert bool(site["kwargs"]["constraint"].check(site["value"]).all())
+    np.testing.assert_allclose(schedules.LearnedBetas(2, [0.1, 0.9])().beta, [0.1, 0.9], rtol=1e-6)
 
 
 def test_gradient_at_a_step_of_no_posterior_noise_is_finite():

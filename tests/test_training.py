@@ -51,16 +51,21 @@ def test_chains_are_independent_and_learn(whole):
 
 
 def test_first_loss_is_that_of_svi(whole):
-    """The loop is `SVI.update` and no more: one chain, done by hand."""
+    """The loop is `SVI.update` and no more: one chain, done by hand. Adam's first step is the learning rate itself."""
     d = mlp_diffusion()
     svi = training.make_svi(d, SETTINGS)
     init_key, batch_key, _ = jax.random.split(KEY, 3)
     state, update = svi.init(jax.random.split(init_key, 2)[0], X[:16]), jax.jit(svi.update)
-    key = jax.random.split(batch_key, 2)[0]
+    key, before = jax.random.split(batch_key, 2)[0], svi.optim.get_params(state.optim_state)
     for i in range(3):
+        if i == 1:
+            after = svi.optim.get_params(state.optim_state)
         rows = jax.random.randint(jax.random.fold_in(key, i), (16,), 0, 64)
         state, loss = update(state, X[rows])
         assert float(loss) == pytest.approx(float(whole.losses[0, i]), rel=1e-5)
+    change = jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)
+    assert change["beta"] == pytest.approx(10 * SETTINGS.learning_rate, rel=1e-2)
+    assert change["network$params"].last.bias == pytest.approx(SETTINGS.learning_rate, rel=1e-2)
 
 
 @pytest.mark.parametrize("objective", ["mean_field", "trace"])
