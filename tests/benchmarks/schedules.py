@@ -1,0 +1,164 @@
+"""What learning β_t buys: the held-out gap L − K of learned and fixed schedules, T by T.
+
+    python -m tests.benchmarks.schedules            # about three hours on two cores; goes on where it stopped
+    python -m tests.benchmarks.schedules --table    # prints the table of the cells that are done
+
+Each cell is a data set, T, covariance and schedule. Every schedule has the same budget: four trials of 3,000 steps,
+each a setting of its own (the end points of a linear schedule, the offset of a cosine, the start of learned betas, the
+knots of a learned log-SNR) with a learning rate, judged on 10,000 validation data; then three fits of 20,000 steps with
+the best of them, judged on 10,000 test data. K is the mean of log w over whole paths drawn from q (N17), and L the
+exact log density of the same data, so that the gap's error is that of a paired difference. A cell's figures go to
+`schedules.json` beside this file, written whole or not at all.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+
+import probdiff
+from probdiff import datasets, networks, particles, schedules
+from probdiff.files import atomic_write
+
+RESULTS = Path(__file__).with_suffix(".json")
+DATA = {"swiss-roll": datasets.SwissRoll(0.5), "8-gaussians": datasets.eight_gaussians()}
+TRIALS = {
+    "linear": [("last 0.02", lambda T: schedules.linear(T)), ("last 0.01", lambda T: schedules.linear(T, 1e-4, 0.01)),
+               ("last 0.005", lambda T: schedules.linear(T, 1e-4, 0.005)),
+               ("first 0.001, last 0.01", lambda T: schedules.linear(T, 1e-3, 0.01))],
+    "cosine": [(f"offset {s}", lambda T, s=s: schedules.cosine(T, s)) for s in (0.008, 0.02, 0.05, 0.1)],
+    "harmonic": [("", schedules.harmonic)],
+    "LearnedBetas": [("", schedules.LearnedBetas),
+                     ("from cosine", lambda T: schedules.LearnedBetas(T, schedules.cosine(T)))],
+    "LearnedSNR": [(f"{k} knots", lambda T, k=k: schedules.LearnedSNR(T, k)) for k in (8, 16)],
+}  # fmt: skip
+RATES = (2e-3, 4e-3, 1e-3, 5e-4)
+CELLS = [
+    *(("swiss-roll", T, "full", name) for T in (5, 10, 20, 40) for name in TRIALS),
+    *(("swiss-roll", T, "diagonal", name) for T in (5, 10, 20, 40) for name in ("cosine", "LearnedBetas")),
+    *(("8-gaussians", 10, "full", name) for name in TRIALS),
+]
+
+
+def trials(name):
+    """Four pairs of a setting and a learning rate: all the settings first, then other rates."""
+    pairs = [(setting, rate) for rate, setting in itertools.product(RATES, TRIALS[name])]
+    return pairs[:4]
+
+
+def bound(fit, c, x, rng_key, num_draws):
+    """Σ_s log w_s / S for each datum, in the data's units."""
+    one = fit.chain(c) if fit.num_chains > 1 else fit
+    log_w = particles.log_importance_weights(
+        one.diffusion, one.params, one.standardise(x), rng_key=rng_key, num_draws=num_draws
+    )
+    return log_w.mean(0) - np.log(fit.scale).sum()
+
+
+def fit_one(data, schedule, covariance, rate, num_steps, num_chains, x):
+    d = probdiff.GaussianDiffusion((2,), schedule, networks.ResidualMLP(128, 3), covariance)
+    return probdiff.fit(
+        d, x, rng_key=jax.random.key(1), num_steps=num_steps, num_chains=num_chains, learning_rate=rate,
+        progress_bar=False, check_every=1000,
+    )  # fmt: skip
+
+
+def run(cell, quick=False):
+    data, T, covariance, name = cell
+    density, start = DATA[data], time.perf_counter()
+    train, validation, test = (
+        np.asarray(density.sample(jax.random.key(i), n), np.float64) for i, n in enumerate((100_000, 10_000, 10_000))
+    )
+    found = []
+    for (setting, make), rate in trials(name):
+        fit = fit_one(data, make(T), covariance, rate, 100 if quick else 3000, 1, train)
+        found.append((bound(fit, 0, validation, jax.random.key(2), 2).mean(), setting, make, rate))
+    _, setting, make, rate = max(found, key=lambda trial: trial[0])
+    fit = fit_one(data, make(T), covariance, rate, 200 if quick else 20_000, 3, train)
+    exact = np.asarray(density.log_prob(test), np.float64)
+    per_datum = np.stack([exact - bound(fit, c, test, jax.random.key(3), 8) for c in range(3)])
+    gaps = per_datum.mean(1)
+    result = {
+        "gap": gaps.mean(),
+        "gap_se": np.hypot(gaps.std(ddof=1) / np.sqrt(3), per_datum.mean(0).std(ddof=1) / np.sqrt(len(test))),
+        "gaps": gaps.tolist(),
+        "setting": setting,
+        "learning_rate": rate,
+        "trials": [[setting, rate, float(value)] for value, setting, _, rate in found],
+        "beta": np.asarray(fit.beta, np.float64).tolist(),
+        "seconds": time.perf_counter() - start,
+    }
+    if name == "LearnedSNR" and covariance == "full" and data == "swiss-roll":
+        result["at other T"] = {str(other): elsewhere(fit, make(other), test, exact) for other in (5, 10, 20, 40, 80)}
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in result.items()}
+
+
+def elsewhere(fit, schedule, test, exact):
+    """The gap and its error with the params of each fit in a chain of another T."""
+    d = probdiff.GaussianDiffusion((2,), schedule, fit.diffusion.network, fit.diffusion.covariance)
+    moved = probdiff.Fit(d, fit.stacked_params, fit.stacked_losses, fit.stacked_validation, fit.loc, fit.scale)
+    per_datum = np.stack([exact - bound(moved, c, test, jax.random.key(3), 4) for c in range(3)])
+    gaps = per_datum.mean(1)
+    return [gaps.mean().item(), np.hypot(gaps.std(ddof=1) / 3**0.5, per_datum.mean(0).std() / len(test) ** 0.5).item()]
+
+
+def key_of(cell):
+    return " ".join(map(str, cell))
+
+
+def table(results):
+    """Rows: data, covariance and schedule; columns: T; entries: gap ± standard error, nats."""
+    done = [(cell, results[key_of(cell)]) for cell in CELLS if key_of(cell) in results]
+    frame = pd.DataFrame(
+        [
+            {
+                "data": data,
+                "covariance": covariance,
+                "schedule": name,
+                "T": T,
+                "gap": f"{r['gap']:.4f} ± {r['gap_se']:.4f}",
+            }
+            for (data, T, covariance, name), r in done
+        ]
+    )
+    wide = frame.pivot(index=["data", "covariance", "schedule"], columns="T", values="gap").fillna("")
+    lines = ["| data | covariance | schedule | " + " | ".join(f"T = {T}" for T in wide.columns) + " |"]
+    lines.append("|" + "---|" * (3 + len(wide.columns)))
+    lines += [
+        f"| {' | '.join(index)} | {' | '.join(row)} |" for index, row in zip(wide.index, wide.to_numpy(), strict=True)
+    ]
+    for (_, T, _, _), r in done:
+        if "at other T" in r:
+            others = ", ".join(f"{other}: {gap:.4f} ± {se:.4f}" for other, (gap, se) in r["at other T"].items())
+            lines.append(f"\nLearnedSNR fitted at T = {T}, evaluated at T = {others}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of the cells that are done")
+    parser.add_argument("--only", help="cells whose name contains this, such as '10 full'")
+    parser.add_argument("--quick", action="store_true", help="a few steps of one cell; saves nothing")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if options.quick:
+        print(json.dumps(run(("swiss-roll", 5, "full", "LearnedSNR"), quick=True), indent=1))
+        return
+    for cell in CELLS:
+        if options.table or key_of(cell) in results or (options.only and options.only not in key_of(cell)):
+            continue
+        results[key_of(cell)] = run(cell)
+        with atomic_write(RESULTS) as file:
+            file.write_text(json.dumps(results, indent=1))
+        r = results[key_of(cell)]
+        print(f"{key_of(cell)}: {r['gap']:.4f} ± {r['gap_se']:.4f} ({r['setting']}, {r['seconds']:.0f} s)", flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
