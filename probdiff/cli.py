@@ -67,10 +67,7 @@ def fit(
     run = Run(out or Path("runs") / Path(data).stem, options)
     d, data_split = run.prepare()
     run.check_free(resume)
-    train, validation = data_split.train, None
-    if run.patience(data_split):
-        inner = datasets.split(train, data_split.features, jax.random.key(seed + 1), 0.15)
-        train, validation = inner.train, inner.test
+    train, patience_used = data_split.train, run.patience(data_split)
     print(
         f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
         f"T = {num_timesteps}, {schedule}, {d.covariance} covariance, {num_chains} chain(s)",
@@ -85,9 +82,8 @@ def fit(
         batch_size=batch_size,
         num_chains=num_chains,
         learning_rate=learning_rate,
-        validation=validation,
-        patience=run.patience(data_split) or None,
-        check_every=100 if validation is not None else 500,
+        validation=0.15 if patience_used else 0.0,
+        patience=patience_used or None,
         checkpoint_dir=run.folder / "checkpoints",
         resume=resume,
     )
