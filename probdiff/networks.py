@@ -56,7 +56,7 @@ class ResidualMLP:
     width: int = 128
     depth: int = 3
     num_features: int = 16
-    dropout: float = 0.2
+    dropout: float = 0.3
 
     def __post_init__(self) -> None:
         for name in ("width", "depth"):
