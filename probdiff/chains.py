@@ -112,14 +112,21 @@ class GaussianDiffusion:
             for t in range(T, 1, -1):
                 x_t = numpyro.sample(f"x_{t - 1}", q.posterior(x_t, x_0, noise, t))
 
-    def reverse(self, x_0: Event | None = None, *, stacked: bool = False, subsample_size: int | None = None) -> Event:
+    def reverse(
+        self,
+        x_0: Event | None = None,
+        *,
+        stacked: bool = False,
+        subsample_size: int | None = None,
+        dropout: bool = False,
+    ) -> Event:
         """p(x_T) ∏ p(x_{t−1} given x_t), N8 and N13: sites x_T, …, x_0; returns x_0.
 
         x_0 is observed where it is given. Where it is not, one datum is drawn; N at once come from
         `Predictive(..., num_samples=N)` or, for the explicit form, from a plate around the program.
         """
         p, T = self.family, self.num_timesteps
-        _, kernel = self.components()
+        _, kernel = self.components(dropout)
         plate, x_0 = self._data(x_0, subsample_size)
         prior = p.prior(self._batch_shape(x_0))
         if stacked:
@@ -150,7 +157,7 @@ class GaussianDiffusion:
                     numpyro.sample("x_prev", q.posterior(x_t, x_0, noise, jnp.maximum(t, 2)))
             numpyro.sample(f"x_{T}", q.marginal(x_0, noise, T))
 
-    def reverse_at_time(self, x_0: Event, *, subsample_size: int | None = None) -> None:
+    def reverse_at_time(self, x_0: Event, *, subsample_size: int | None = None, dropout: bool = False) -> None:
         """One t per datum, uniform on 1…T, its term of the ELBO scaled by T: an unbiased estimate of N17.
 
         K = E_t[ T·(log p(x_0 given x_1) where t = 1, else −KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t))) ]
@@ -159,7 +166,7 @@ class GaussianDiffusion:
         Sites u, x_t, x_prev, x_0 and x_T, and the deterministic t.
         """
         p, T = self.family, self.num_timesteps
-        noise, kernel = self.components()
+        noise, kernel = self.components(dropout)
         plate, x_0 = self._data(x_0, subsample_size)
         t = self._draw_t(x_0)
         with plate:
@@ -174,14 +181,16 @@ class GaussianDiffusion:
                     numpyro.sample("x_0", p_of_x_t, obs=x_0)
             numpyro.sample(f"x_{T}", p.prior(self._batch_shape(x_0)))
 
-    def components(self) -> tuple[NoiseLevels, Callable[[Event, Time], dist.Distribution]]:
+    def components(self, dropout: bool = False) -> tuple[NoiseLevels, Callable[[Event, Time], dist.Distribution]]:
         """The noise levels, and p(x_{t−1} given x_t) as a function of x_t and t: all that has params.
 
         Called inside a program, or under `handlers.substitute(..., data=params)`. The function takes x_t of
-        any batch shape, and one t or a t per datum.
+        any batch shape, and one t or a t per datum. With `dropout`, units of the network are left out at random, the
+        same for all t of a datum: for programs that are fitted, not for densities.
         """
         noise, params = self.schedule(), self._params()
-        return noise, lambda x_t, t: _kernel(self, params, noise, x_t, t)
+        key = numpyro.prng_key() if dropout else None
+        return noise, lambda x_t, t: _kernel(self, params, noise, x_t, t, key)
 
     def denoiser(self) -> Callable[[Event, Array], Event]:
         """x̂_0(x, λ), the network's prediction of x_0 from x_t = x, at any log-SNR λ; called as `components` is."""
@@ -196,11 +205,15 @@ class GaussianDiffusion:
     def _params(self) -> eqx.Module:
         return numpyro.param("network$params", lambda rng_key: self._build(rng_key)[0])
 
-    def _network(self, params: eqx.Module) -> Callable[[Event, Array], Array]:
-        """The network over any batch shape."""
+    def _network(self, params: eqx.Module, dropout_key: Key | None = None) -> Callable[[Event, Array], Array]:
+        """The network over any batch shape, with units left out of each datum's own where there is a key."""
         _, static = eqx.filter_eval_shape(self._build, jax.random.key(0))
-        axes = ",".join("abcdefgh"[: len(self.event_shape)])
-        return jnp.vectorize(eqx.combine(params, static), signature=f"({axes}),()->(p)")
+        network: Any = eqx.combine(params, static)
+        event = f"({','.join('abcdefgh'[: len(self.event_shape)])})"
+        if dropout_key is None or not _has_dropout(network):
+            return jnp.vectorize(network, signature=f"{event},()->(p)")
+        one = jnp.vectorize(lambda x, log_snr, key: network(x, log_snr, key=key), signature=f"{event},(),()->(p)")
+        return lambda x, log_snr: one(x, log_snr, jax.random.split(dropout_key, self._batch_shape(x)))
 
     def _draw_t(self, x_0: Event) -> Time:
         batch_shape = self._batch_shape(x_0)
@@ -242,11 +255,18 @@ class GaussianDiffusion:
 
 # compiled on its own, so that a program that runs without `jit` compiles one kernel and not T of them
 @partial(jax.jit, static_argnums=0)
-def _kernel(d: GaussianDiffusion, params: eqx.Module, noise: NoiseLevels, x_t: Event, t: Time) -> dist.Distribution:
+def _kernel(
+    d: GaussianDiffusion, params: eqx.Module, noise: NoiseLevels, x_t: Event, t: Time, dropout_key: Key | None = None
+) -> dist.Distribution:
     """p(x_{t−1} given x_t), N8."""
     # −∞ where β_T = 1, which no network should have to expect
     log_snr = jnp.clip(noise.log_snr[jnp.asarray(t) - 1], -30.0, 30.0)
-    return d.family.kernel(x_t, d._network(params)(x_t, log_snr), noise, t)
+    return d.family.kernel(x_t, d._network(params, dropout_key)(x_t, log_snr), noise, t)
+
+
+def _has_dropout(network: Any) -> bool:
+    is_dropout = lambda node: isinstance(node, eqx.nn.Dropout)  # noqa: E731
+    return any(is_dropout(node) and node.p > 0 for node in jax.tree.leaves(network, is_leaf=is_dropout))
 
 
 class ForwardStep(dist.Independent):

@@ -36,7 +36,7 @@ _SCHEDULES: dict[str, Callable[[int], Any]] = {
 }
 _DATA = "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file"
 _PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 20 for real data, 0 else]"
-_COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features, diagonal beyond]"
+_COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features with 100 rows for each, diagonal else]"
 _EVALUATED = 500  # held-out rows in the DataTree
 _DRAWS = 200
 
@@ -67,10 +67,7 @@ def fit(
     run = Run(out or Path("runs") / Path(data).stem, options)
     d, data_split = run.prepare()
     run.check_free(resume)
-    train, validation = data_split.train, None
-    if run.patience(data_split):
-        inner = datasets.split(train, data_split.features, jax.random.key(seed + 1), 0.15)
-        train, validation = inner.train, inner.test
+    train, patience_chosen = data_split.train, run.patience(data_split)
     print(
         f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
         f"T = {num_timesteps}, {schedule}, {d.covariance} covariance, {num_chains} chain(s)",
@@ -85,9 +82,8 @@ def fit(
         batch_size=batch_size,
         num_chains=num_chains,
         learning_rate=learning_rate,
-        validation=validation,
-        patience=run.patience(data_split) or None,
-        check_every=100 if validation is not None else 500,
+        validation=0.15 if patience_chosen else 0.0,
+        patience=patience_chosen or None,
         checkpoint_dir=run.folder / "checkpoints",
         resume=resume,
     )
@@ -222,8 +218,10 @@ class Run:
             dequantised=o["dequantise"],
             test_fraction=o["test_fraction"],
         )
-        network, size = networks.ResidualMLP(o["width"], o["depth"]), data_split.train.shape[1]
-        covariance: families.Covariance = o["covariance"] or ("full" if size <= 16 else "diagonal")
+        network, (rows, size) = networks.ResidualMLP(o["width"], o["depth"]), data_split.train.shape
+        covariance: families.Covariance = o["covariance"] or (
+            "full" if size <= 16 and rows >= 100 * size else "diagonal"
+        )
         return GaussianDiffusion((size,), schedule, network, covariance), data_split
 
     def patience(self, data_split: datasets.Split) -> int:

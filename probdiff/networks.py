@@ -1,8 +1,9 @@
 """Networks for the reverse kernel, as Equinox modules.
 
 A network is any Equinox module called as `network(x_t, log_snr) -> outputs` on one datum: x_t of
-shape `event_shape`, log_snr a scalar in [−30, 30], outputs of shape (num_outputs,), as the family counts them. A
-recipe such as `ResidualMLP` has `build(rng_key, event_shape, num_outputs)`, which returns one.
+shape `event_shape`, log_snr a scalar in [−30, 30], outputs of shape (num_outputs,), as the family counts them. One that
+holds an `equinox.nn.Dropout` is called with `key=` as well where a fit draws its dropout. A recipe such as
+`ResidualMLP` has `build(rng_key, event_shape, num_outputs)`, which returns one.
 """
 
 import math
@@ -30,32 +31,40 @@ class ResidualMLPModule(eqx.Module):
     blocks: list[eqx.nn.Linear]
     shifts: list[eqx.nn.Linear]
     last: eqx.nn.Linear
+    dropout: eqx.nn.Dropout
     num_features: int = eqx.field(static=True)
 
-    def __call__(self, x_t: Float[Array, " *event"], log_snr: Float[Array, ""]) -> Float[Array, " P"]:
+    def __call__(
+        self, x_t: Float[Array, " *event"], log_snr: Float[Array, ""], *, key: Key | None = None
+    ) -> Float[Array, " P"]:
+        keys = [None] * (len(self.blocks) + 1) if key is None else list(jax.random.split(key, len(self.blocks) + 1))
         embedding = embed_log_snr(log_snr, self.num_features)
         h = self.first(jnp.ravel(x_t))
-        for block, shift in zip(self.blocks, self.shifts, strict=True):
-            h = h + block(jax.nn.silu(h + shift(embedding)))
-        return self.last(jax.nn.silu(h))
+        for block, shift, k in zip(self.blocks, self.shifts, keys[1:], strict=True):
+            h = h + block(self.dropout(jax.nn.silu(h + shift(embedding)), key=k, inference=k is None))
+        return self.last(self.dropout(jax.nn.silu(h), key=keys[0], inference=key is None))
 
 
 @dataclass(frozen=True)
 class ResidualMLP:
     """Recipe for a residual multilayer perceptron of `depth` blocks of `width` units.
 
-    Raises `ValueError` where width or depth is no integer of at least 1.
+    `dropout` is the share of the units that are left out, drawn anew for each datum, where a fit draws dropout.
+    Raises `ValueError` where width or depth is no integer of at least 1, or dropout not in [0, 1).
     """
 
     width: int = 128
     depth: int = 3
     num_features: int = 16
+    dropout: float = 0.3
 
     def __post_init__(self) -> None:
         for name in ("width", "depth"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
 
     def build(self, rng_key: Key, event_shape: tuple[int, ...], num_outputs: int) -> ResidualMLPModule:
         """The initialised module for data of `event_shape`."""
@@ -66,4 +75,4 @@ class ResidualMLP:
             eqx.nn.Linear(self.num_features + 1, self.width, use_bias=False, key=next(keys)) for _ in range(self.depth)
         ]
         last = jax.tree.map(jnp.zeros_like, eqx.nn.Linear(self.width, num_outputs, key=next(keys)))
-        return ResidualMLPModule(first, blocks, shifts, last, self.num_features)
+        return ResidualMLPModule(first, blocks, shifts, last, eqx.nn.Dropout(self.dropout), self.num_features)

@@ -1,5 +1,6 @@
 """`fit(...)`, and `Fit`, what it returns: a fitted diffusion in the data's own units."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,13 +17,16 @@ from numpyro import handlers
 
 from probdiff import diagnostics, exact, flow, likelihood, particles, training
 from probdiff.chains import GaussianDiffusion
-from probdiff.datasets import check_data, check_varies, some
+from probdiff.datasets import check_data, check_varies, some, split
 from probdiff.files import atomic_write
 from probdiff.likelihood import ELBOParts, LogLikelihood
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Key, Params, check_key
 
 Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
+
+_ROWS_PER_FEATURE = 100  # fewer are few
+_HELD_OUT = 0.15
 
 
 def fit(
@@ -36,9 +40,10 @@ def fit(
     objective: training.Objective = "at_time",
     learning_rate: float = 2e-3,
     gradient_clip: float = 1.0,
-    check_every: int = 500,
-    validation: ArrayLike | None = None,
+    check_every: int | None = None,
+    validation: ArrayLike | float | None = None,
     patience: int | None = None,
+    dropout: bool | None = None,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     progress_bar: bool = True,
@@ -47,31 +52,45 @@ def fit(
 
     x (N, *event_shape), floating-point, in the data's own units: the chain runs on x less its mean and over its
     standard deviation, each feature apart. `batch_size` is 512, or N where that is less. `num_chains` independent
-    fits run side by side. See `training.Settings` for the rest and `training.train` for checkpoints.
+    fits run side by side. `validation` is data (M, *event_shape) on which the best params are chosen, or the share of x
+    to hold out for that, 0 for none.
+
+    A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
+    network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
+    elsewhere none of the three. `check_every` is 100 steps with validation data and 500 without. See
+    `training.Settings` for the rest and `training.train` for checkpoints.
     Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
     """
     data = check_data(x, d.event_shape, "x", minimum=2)
     check_varies(data, "x")
-    loc, scale = data.mean(0), data.std(0)
-    if batch_size is None:
-        batch_size = min(512, len(data))
-    settings = training.Settings(
-        num_steps, batch_size, num_chains, objective, learning_rate, gradient_clip, check_every, patience
-    )
-    if batch_size > len(data):
+    if batch_size is not None and batch_size > len(data):
         raise ValueError(f"batch_size is {batch_size}; x has {len(data)} rows")
-    if patience is not None and validation is None:
+    few = len(data) < _ROWS_PER_FEATURE * math.prod(d.event_shape)
+    rng_key = check_key(rng_key)
+    if validation is None and few and round(_HELD_OUT * len(data)) >= 2:
+        validation, patience = _HELD_OUT, 20 if patience is None else patience
+    loc, scale = data.mean(0), data.std(0)
+    data, held_out = _hold_out(data, validation, rng_key)
+    if patience is not None and held_out is None:
         raise ValueError("patience wants validation data to watch; pass validation=")
-    dtype = jnp.result_type(float)
-    held_out = None
-    if validation is not None:
-        held_out = ((check_data(validation, d.event_shape, "validation") - loc) / scale).astype(dtype)
+    standardise = lambda rows: ((rows - loc) / scale).astype(jnp.result_type(float))  # noqa: E731
+    settings = training.Settings(
+        num_steps,
+        min(512 if batch_size is None else batch_size, len(data)),
+        num_chains,
+        objective,
+        learning_rate,
+        gradient_clip,
+        check_every if check_every is not None else 500 if held_out is None else 100,
+        patience,
+        few if dropout is None else dropout,
+    )
     trained = training.train(
         d,
-        ((data - loc) / scale).astype(dtype),
+        standardise(data),
         settings,
-        rng_key=check_key(rng_key),
-        validation=held_out,
+        rng_key=rng_key,
+        validation=None if held_out is None else standardise(held_out),
         checkpoint_dir=checkpoint_dir,
         resume=resume,
         progress_bar=progress_bar,
@@ -312,6 +331,23 @@ class Fit:
             )
         paths = [check_data(one, shape, "x") for one in array]
         return ((np.stack(paths) - self.loc) / self.scale).astype(jnp.result_type(float))
+
+
+def _hold_out(
+    data: np.ndarray, validation: ArrayLike | float | None, rng_key: Key
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The rows to fit and those held out, if any: `validation` itself, or a share of the data drawn at random."""
+    if validation is None:
+        return data, None
+    if np.ndim(validation):
+        return data, check_data(validation, data.shape[1:], "validation")
+    share = float(np.asarray(validation))
+    if not 0 <= share < 1:
+        raise ValueError(f"validation is {share}; it must be data, or a share of x from 0 to less than 1")
+    if share == 0:
+        return data, None
+    parts = split(data, (), jax.random.fold_in(rng_key, 1), share)
+    return parts.train, parts.test
 
 
 def _initial_params(d: GaussianDiffusion, rng_key: Key) -> Params:

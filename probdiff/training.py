@@ -8,6 +8,7 @@ import json
 import math
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,7 +26,7 @@ from probdiff.files import atomic_write, check_space
 from probdiff.types import Data, Key, Params
 
 Objective = Literal["at_time", "mean_field", "trace"]
-
+_AVERAGING = 0.01  # weight of the newest params in their moving average
 _SCHEDULE_RATE = 10.0  # logits of β_t travel by several units, weights of a network by tenths
 
 
@@ -37,7 +38,8 @@ class Settings:
     The learning rate falls from `learning_rate`, and from ten times that for the schedule's params, to zero along a
     cosine over `num_steps`; `gradient_clip` bounds the global norm of the gradient of the loss per datum. Progress,
     validation and checkpoints come every `check_every` steps. With `patience`, fitting stops when no chain's
-    validation ELBO has risen for that many checks.
+    validation ELBO has risen for that many checks. With `dropout`, the losses are those of a network with units left
+    out.
     """
 
     num_steps: int = 20_000
@@ -48,6 +50,7 @@ class Settings:
     gradient_clip: float = 1.0
     check_every: int = 500
     patience: int | None = None
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "num_chains", "check_every", "patience"):
@@ -76,12 +79,14 @@ class Trained:
 
 def make_svi(d: GaussianDiffusion, settings: Settings) -> SVI:
     """NumPyro's `SVI` of the objective, its loss the negative ELBO per datum of a batch."""
+    reverse = partial(d.reverse, stacked=True, dropout=settings.dropout)
+    forward = partial(d.forward_posterior, stacked=True)
+    at_time = partial(d.reverse_at_time, dropout=settings.dropout)
     model, guide, loss = {
-        "at_time": (d.reverse_at_time, d.forward_at_time, TraceMeanField_ELBO()),
-        "mean_field": (d.reverse, d.forward_posterior, TraceMeanField_ELBO()),
-        "trace": (d.reverse, d.forward_posterior, Trace_ELBO()),
+        "at_time": (at_time, d.forward_at_time, TraceMeanField_ELBO()),
+        "mean_field": (reverse, forward, TraceMeanField_ELBO()),
+        "trace": (reverse, forward, Trace_ELBO()),
     }[settings.objective]
-    static = {} if settings.objective == "at_time" else {"stacked": True}
     rate = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(settings.gradient_clip),
@@ -93,7 +98,6 @@ def make_svi(d: GaussianDiffusion, settings: Settings) -> SVI:
         handlers.scale(guide, scale=1 / settings.batch_size),
         optimizer,
         loss,
-        **static,
     )
 
 
@@ -110,9 +114,10 @@ def train(
 ) -> Trained:
     """Fits C chains side by side to x (N, *event_shape), in the chain's own units, by minimising the negative of N17.
 
-    The rows of each batch are drawn on the device, with replacement. With `validation` data, each chain keeps
-    the params of its best check. With `checkpoint_dir`, `resume=True` goes on from the newest whole checkpoint and ends
-    with the same bits as a run that never stopped.
+    The rows of each batch are drawn on the device, with replacement. With `validation` data, what is checked is a
+    moving average of the params over the last hundred steps or so, and each chain keeps that of its best check. With
+    `checkpoint_dir`, `resume=True` goes on from the newest whole checkpoint and ends with the same bits as a run that
+    never stopped.
     Raises `FloatingPointError` where the loss stops being finite; `FileExistsError` where `checkpoint_dir` holds
     a run and `resume` is false; `ValueError` where it holds a run of another configuration.
     """
@@ -127,21 +132,27 @@ def train(
     )
 
     @jax.jit
-    def run(state: Any, x: Data, start: int, stop: int) -> tuple[Any, Any]:
+    def run(state: Any, average: Params | None, x: Data, start: int, stop: int) -> tuple[Any, Any, Any]:
         def step(i: Any, carry: Any) -> Any:
+            state, average, losses = carry
+
             def one_chain(state: Any, batch_key: Key) -> Any:
                 rows = jax.random.randint(jax.random.fold_in(batch_key, i), (settings.batch_size,), 0, x.shape[0])
                 return svi.update(state, x[rows])
 
-            state, loss = jax.vmap(one_chain)(carry[0], batch_keys)
-            return state, carry[1].at[:, i - start].set(loss)
+            state, loss = jax.vmap(one_chain)(state, batch_keys)
+            if average is not None:
+                weight = jnp.maximum(_AVERAGING, 1 / (1 + i))  # a plain mean until there is enough to average
+                average = optax.incremental_update(svi.get_params(state), average, weight)
+            return state, average, losses.at[:, i - start].set(loss)
 
         losses = jnp.zeros((settings.num_chains, settings.check_every), x.dtype)
-        return jax.lax.fori_loop(start, stop, step, (state, losses))
+        return jax.lax.fori_loop(start, stop, step, (state, average, losses))
 
     num_checks = math.ceil(settings.num_steps / settings.check_every)
     progress = {
         "state": state,
+        "average": None if validation is None else svi.get_params(state),
         "best": svi.get_params(state),
         "losses": np.full((settings.num_chains, settings.num_steps), np.nan, x.dtype),
         "validation": np.full((settings.num_chains, num_checks), np.nan),
@@ -159,16 +170,15 @@ def train(
             break
         start = check * settings.check_every
         stop = min(start + settings.check_every, settings.num_steps)
-        state, losses = run(progress["state"], x, start, stop)
+        state, average, losses = run(progress["state"], progress["average"], x, start, stop)
         losses = np.asarray(losses)[:, : stop - start]
         _check_finite(losses, start)
-        progress["state"], progress["losses"][:, start:stop] = state, losses
-        params = svi.get_params(state)
+        progress["state"], progress["average"], progress["losses"][:, start:stop] = state, average, losses
         if validation is None:
-            progress["best"] = params
+            progress["best"] = svi.get_params(state)
         else:
             elbo = [
-                likelihood.elbo(d, chain(params, c), validation, rng_key=validation_key, num_draws=2).mean
+                likelihood.elbo(d, chain(average, c), validation, rng_key=validation_key, num_draws=2).mean
                 for c in range(settings.num_chains)
             ]
             if not np.all(np.isfinite(elbo)):
@@ -177,7 +187,7 @@ def train(
                 )
             best = np.fmax.reduce(progress["validation"], axis=1, initial=-np.inf)
             progress["validation"][:, check] = elbo
-            progress["best"] = _choose(elbo > best, params, progress["best"])
+            progress["best"] = _choose(elbo > best, average, progress["best"])
         if checkpoints is not None:
             checkpoints.save(check + 1, progress)
         bar.set_postfix_str(f"loss {losses.mean():.4f} nats per datum", refresh=False)

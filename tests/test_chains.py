@@ -429,3 +429,29 @@ def test_harmonic_schedule_gives_finite_losses_and_gradients():
     )(params)
     assert np.isfinite(value)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+def test_dropout_is_drawn_for_each_datum_and_only_where_asked_for():
+    d = mlp_diffusion("full", width=16)
+    params, x_t = random_params(d), jnp.ones((3, 2))
+
+    def mean(diffusion, seed, dropout):
+        program = handlers.substitute(
+            handlers.seed(lambda: diffusion.components(dropout)[1](x_t, 2), seed), data=params
+        )
+        return np.asarray(program().mean)
+
+    whole = mean(d, 0, False)
+    np.testing.assert_array_equal(whole, mean(d, 1, False))
+    np.testing.assert_array_equal(whole[0], whole[1])
+    thinned = mean(d, 0, True)
+    np.testing.assert_array_equal(thinned, mean(d, 0, True))
+    assert len({tuple(row) for row in [*thinned.tolist(), *mean(d, 1, True).tolist(), whole[0].tolist()]}) == 7
+    none = GaussianDiffusion((2,), d.schedule, networks.ResidualMLP(16, 1, dropout=0.0), "full")
+    np.testing.assert_array_equal(mean(none, 0, True), mean(none, 0, False))
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_bad_dropout_is_refused(dropout):
+    with pytest.raises(ValueError, match="dropout is"):
+        networks.ResidualMLP(dropout=dropout)

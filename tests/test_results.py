@@ -4,10 +4,11 @@ import signal
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import mlp_diffusion
 
 import probdiff
-from probdiff import Fit, datasets, networks, schedules
+from probdiff import Fit, datasets, networks, schedules, training
 
 KEY = jax.random.key(0)
 LOC, SCALE = np.array([100.0, -3.0]), np.array([20.0, 0.01])
@@ -80,6 +81,55 @@ def test_the_mean_bound_is_no_greater_than_the_exact_value():
     train, test = np.asarray(mixture.sample(KEY, 4000)), np.asarray(mixture.sample(jax.random.key(1), 4000))
     bound = small(num_steps=1000)(train).log_likelihood(test, rng_key=KEY)
     assert bound.mean < np.asarray(mixture.log_prob(test)).mean() + 4 * bound.mcse
+
+
+@pytest.fixture
+def handed_over(monkeypatch):
+    """What `fit` hands to `training.train`."""
+    calls, train = [], training.train
+
+    def spy(d, x, settings, **options):
+        calls.append((x, settings, options["validation"]))
+        return train(d, x, settings, **options)
+
+    monkeypatch.setattr(training, "train", spy)
+    return calls
+
+
+def test_few_data_are_guarded_against_overfitting_and_many_are_not(handed_over, x):
+    options = {"num_steps": 20, "batch_size": None, "check_every": None}
+    few, many = x[:199], x[:200]  # of two features
+    fitted = small(**options)(few)
+    rows, settings, held_out = handed_over[-1]
+    assert (len(rows), len(held_out)) == (169, 30)
+    both = np.concatenate([rows, held_out])
+    np.testing.assert_allclose(np.sort(both, axis=0), np.sort(fitted.standardise(few), axis=0))
+    assert (settings.dropout, settings.patience, settings.check_every, settings.batch_size) == (True, 20, 100, 169)
+    assert fitted.validation.shape == (1,)
+    for data, more in ((many, {}), (few, {"validation": 0, "dropout": False})):
+        fitted = small(**options, **more)(data)
+        rows, settings, held_out = handed_over[-1]
+        assert (len(rows), held_out, fitted.validation.shape) == (len(data), None, (0,))
+        assert (settings.dropout, settings.patience, settings.check_every) == (False, None, 500)
+    small(**options, validation=0.25, dropout=True, patience=3)(many)
+    rows, settings, held_out = handed_over[-1]
+    assert (len(rows), len(held_out), settings.dropout, settings.patience) == (150, 50, True, 3)
+    small(**options)(x[:5])  # too few to hold any out
+    assert handed_over[-1][2] is None
+
+
+def test_the_defaults_for_few_data_are_better_than_none():
+    """60 rows of a normal distribution in eight dimensions, whose exact log-likelihood is known."""
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(60, 8)), rng.normal(size=(500, 8))
+    d = mlp_diffusion(event_shape=(8,), width=64)
+    held_out = [
+        small(d, num_steps=1500, batch_size=None, check_every=None, **options)(train).log_likelihood(test, rng_key=KEY)
+        for options in ({}, {"validation": 0, "dropout": False})
+    ]
+    exact = scipy.stats.norm.logpdf(test).sum(1).mean()
+    assert held_out[0].mean > held_out[1].mean + 1
+    assert exact - 1.5 < held_out[0].mean < exact
 
 
 def test_equal_keys_give_equal_fits_and_old_style_keys_do(x, single):
@@ -194,6 +244,8 @@ def test_bad_arguments_are_refused(x, single):
         single.to_datatree(x[:50], rng_key=0)
     with pytest.raises(ValueError, match="validation has shape"):
         small(validation=x[:, :1])(x)
+    with pytest.raises(ValueError, match=r"validation is 1\.5; it must be data, or a share"):
+        small(validation=1.5)(x)
     with pytest.raises(TypeError, match="num_step"):
         probdiff.fit(d, x, rng_key=KEY, num_step=3)
     with pytest.raises(ValueError, match="method is 'nuts'; it must be one of elbo, iwae"):

@@ -68,6 +68,42 @@ def test_first_loss_is_that_of_svi(whole):
     assert change["network$params"].last.bias == pytest.approx(SETTINGS.learning_rate, rel=1e-2)
 
 
+def test_the_params_that_are_checked_are_an_average():
+    """Of three steps, done by hand; so early the average is the plain mean."""
+    settings = training.Settings(3, 16, 1, check_every=3)
+    trained = train(settings, validation=X)
+    svi = training.make_svi(mlp_diffusion(), settings)
+    init_key, batch_key, _ = jax.random.split(KEY, 3)
+    state, key = svi.init(jax.random.split(init_key, 1)[0], X[:16]), jax.random.split(batch_key, 1)[0]
+    steps = []
+    for i in range(3):
+        rows = jax.random.randint(jax.random.fold_in(key, i), (16,), 0, 64)
+        state, _ = svi.update(state, X[rows])
+        steps.append(svi.get_params(state))
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *steps)
+    for a, b in zip(jax.tree.leaves(training.chain(trained.params, 0)), jax.tree.leaves(mean), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_with_validation_and_dropout_goes_on_with_the_same_bits(monkeypatch, tmp_path):
+    settings = training.Settings(60, 16, 2, check_every=10, patience=5, dropout=True)
+    save = training.Checkpoints.save
+
+    def save_and_stop(self, check, tree):
+        save(self, check, tree)
+        if check == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Checkpoints, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, validation=X[:20], checkpoint_dir=tmp_path)
+    monkeypatch.setattr(training.Checkpoints, "save", save)
+    resumed = train(settings, validation=X[:20], checkpoint_dir=tmp_path, resume=True)
+    uninterrupted = train(settings, validation=X[:20])
+    assert same(resumed, uninterrupted)
+    np.testing.assert_array_equal(resumed.validation, uninterrupted.validation)
+
+
 @pytest.mark.parametrize("objective", ["mean_field", "trace"])
 def test_other_objectives_fit_too(objective):
     trained = train(training.Settings(300, 16, 1, objective, check_every=150))
