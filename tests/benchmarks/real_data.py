@@ -120,7 +120,7 @@ def compute(source, method, seed):
         train, test, log_det = (train - loc) / scale, (test - loc) / scale, np.log(scale).sum()
     start = time.perf_counter()
     values, note = METHODS[method][0](train, test, seed)
-    return {"values": (values - log_det).tolist(), "note": note, "seconds": round(time.perf_counter() - start, 1)}
+    return {"values": np.round(values - log_det, 4).tolist(), "note": note, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def table(cells):
@@ -162,8 +162,9 @@ def main():
             if key in cells or only not in key:
                 continue
             cells[key] = compute(source, method, seed)
+            lines = [f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(cell)}" for name, cell in cells.items()]
             with atomic_write(RESULTS) as file:
-                file.write_text(json.dumps(cells, indent=0, ensure_ascii=False))
+                file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
             print(
                 f"{key}: {np.mean(cells[key]['values']):.3f} nats, {cells[key]['note']}, {cells[key]['seconds']} s",
                 flush=True,
