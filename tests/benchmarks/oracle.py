@@ -59,7 +59,7 @@ def shortfall(fitted, target, best, *, num_data):
     params = {"network$params": handlers.trace(handlers.seed(d.components, 0)).get_trace()["network$params"]["value"]}
     x_0 = fitted.standardise(np.asarray(target.sample(jax.random.key(3), num_data)))
     with_best, with_fitted = (
-        likelihood.elbo_parts(d, params, x_0, rng_key=jax.random.key(4), num_draws=2)[0].elbo
+        likelihood.elbo_draws(d, params, x_0, rng_key=jax.random.key(4), num_draws=2)[0].elbo
         for d, params in ((d, params), (fitted.diffusion, fitted.params))
     )
     of_network = with_best - with_fitted

@@ -120,7 +120,11 @@ def compute(source, method, seed):
         train, test, log_det = (train - loc) / scale, (test - loc) / scale, np.log(scale).sum()
     start = time.perf_counter()
     values, note = METHODS[method][0](train, test, seed)
-    return {"values": np.round(values - log_det, 4).tolist(), "note": note, "seconds": round(time.perf_counter() - start, 1)}
+    return {
+        "values": np.round(values - log_det, 4).tolist(),
+        "note": note,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def table(cells):
