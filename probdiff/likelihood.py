@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
 from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
@@ -68,6 +70,29 @@ class LogLikelihood:
     def standard_error(self) -> Any:
         n = self.values.shape[-1]
         return self.values.std(-1, ddof=1) / np.sqrt(n) if n > 1 else np.full(self.values.shape[:-1], np.nan)
+
+    @property
+    def elpd(self) -> az.ELPDData:
+        """Values of held-out data as they stand, summed over data, for `az.compare` and its errors of differences.
+
+        No leave-one-out correction: the fit has not seen the data. Raises `ValueError` for several chains at once.
+        """
+        if self.values.ndim != 1:
+            raise ValueError(
+                f"values has shape {self.values.shape}; az.compare wants one chain, such as fit.chain(fit.best)"
+            )
+        n = len(self.values)
+        return az.ELPDData(
+            elpd=self.values.sum(),
+            se=n * self.standard_error,
+            p=0.0,  # nothing was fitted to these data
+            n_samples=1,
+            n_data_points=n,
+            scale="log",
+            warning=False,
+            good_k=np.nan,
+            elpd_i=xr.DataArray(self.values, dims="datum"),
+        )
 
 
 @partial(jax.jit, static_argnums=0)

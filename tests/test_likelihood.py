@@ -1,3 +1,4 @@
+import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,3 +53,21 @@ def test_the_rows_of_a_block_fall_with_the_number_of_steps(monkeypatch):
     )
     likelihood.elbo(d, random_linear(d), np.ones((1000, 2)), rng_key=jax.random.key(0), num_draws=2)
     assert max(sizes) * d.num_timesteps <= 2**22
+
+
+def test_az_compare_reads_the_values_and_the_errors_of_their_differences():
+    rng = np.random.default_rng(0)
+    datum = rng.normal(size=500)
+    bounds = {
+        name: likelihood.LogLikelihood(datum + shift + 0.1 * rng.normal(size=500), np.zeros(500), "lower bound")
+        for name, shift in (("worse", -0.3), ("better", 0.0))
+    }
+    table = az.compare({name: bound.elpd for name, bound in bounds.items()}, round_to="none")
+    assert table.index.tolist() == ["better", "worse"]
+    difference = bounds["worse"].values - bounds["better"].values
+    assert table.loc["worse", "elpd_diff"] == pytest.approx(difference.sum())
+    assert table.loc["worse", "dse"] == pytest.approx(difference.std() * np.sqrt(500))
+    assert table.loc["better", "elpd"] == pytest.approx(500 * bounds["better"].mean)
+    assert table.loc["better", "se"] == pytest.approx(500 * bounds["better"].standard_error)
+    with pytest.raises(ValueError, match=r"values has shape \(2, 500\); az.compare wants one chain"):
+        likelihood.LogLikelihood(np.zeros((2, 500)), np.zeros((2, 500)), "lower bound").elpd  # noqa: B018
