@@ -246,9 +246,9 @@ def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
     spread = log_weight.max("draw") - log_weight.min("draw")
     equal = spread < 1e-6  # equal weights have no tail to fit
     wiggle = xr.DataArray(np.linspace(0, 1e-3, log_weight.sizes["draw"]), dims="draw")
-    with np.errstate(over="ignore"):  # weights that are worlds apart have k̂ = ∞
+    with np.errstate(over="ignore", invalid="ignore"):
         _, k = (-log_weight.where(~equal, wiggle)).azstats.psislw(dim=["draw"])
-    return k.where(~equal, -np.inf)
+    return k.where(~equal, -np.inf).fillna(np.inf)  # weights that are worlds apart have no tail that can be fitted
 
 
 def k_threshold(num_draws: int) -> float:

@@ -189,6 +189,13 @@ def test_pareto_k_tells_light_tails_from_heavy_ones_and_takes_equal_weights():
     assert k[2] == -np.inf
 
 
+def test_pareto_k_of_weights_that_are_worlds_apart_is_infinite():
+    log_weights = 1e4 * np.random.default_rng(0).normal(size=(1, 250, 20))
+    k = diagnostics.pareto_k(xr.DataArray(log_weights, dims=["chain", "draw", "datum"])).to_numpy()
+    assert np.all(k > 1)
+    assert np.any(k == np.inf)
+
+
 @pytest.mark.parametrize("figure", ["samples", "marginals_over_time", "schedule", "elbo_parts", "loss"])
 def test_figures_have_labelled_axes(dt, figure):
     drawn = getattr(plots, figure)(dt)
