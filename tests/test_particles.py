@@ -197,3 +197,17 @@ def test_counts_of_one_and_a_missing_key_are_refused(fitted):
         fitted.log_likelihood(np.ones((5, 1)), rng_key=KEY, method="iwae", num_particles=1)
     with pytest.raises(TypeError, match="rng_key is None"):
         fitted.log_likelihood(np.ones((5, 1)), method="iwae")
+
+
+@pytest.mark.parametrize("method", ["smc", "ode"])
+def test_images_are_vectors_of_their_pixels(method):
+    options = {"num_particles": 4, "num_draws": 2} if method == "smc" else {"num_draws": 2}
+    values = []
+    for shape in ((4,), (2, 2)):
+        flat = linear_diffusion("diagonal", 4, schedule=schedules.cosine(3))
+        d = GaussianDiffusion(shape, flat.schedule, flat.network, "diagonal")
+        params = {"network$params": eqx.partition(d.network, eqx.is_inexact_array)[0]}
+        x = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
+        run = particles.smc if method == "smc" else flow.ode
+        values.append(run(d, params, x, rng_key=KEY, **options).values)
+    np.testing.assert_allclose(*values, rtol=1e-4)
