@@ -172,7 +172,7 @@ def test_flow_of_the_exact_denoiser_has_the_exact_density(num_features):
     network = ExactDenoiser(jnp.asarray(weights), jnp.asarray(means), 0.04)
     d = GaussianDiffusion((num_features,), schedules.log_snr_linear(100, 9.0, -9.0), network, "diagonal")
     params = {"network$params": eqx.partition(network, eqx.is_inexact_array)[0]}
-    x = np.asarray(mixture.sample(KEY, 32))
+    x = np.asarray(mixture.sample(KEY, 16))
     found = flow.ode(d, params, x, rng_key=KEY, num_draws=8)
     difference = found.values - np.asarray(mixture.log_prob(x))
     assert found.kind == ("estimate" if num_features == 2 else "lower bound")

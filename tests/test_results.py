@@ -85,37 +85,39 @@ def test_the_mean_bound_is_no_greater_than_the_exact_value():
 
 @pytest.fixture
 def handed_over(monkeypatch):
-    """What `fit` hands to `training.train`."""
-    calls, train = [], training.train
+    """What `fit` hands to `training.train`, for given data and options."""
 
-    def spy(d, x, settings, **options):
-        calls.append((x, settings, options["validation"]))
-        return train(d, x, settings, **options)
+    class HandedOver(Exception):
+        pass
 
-    monkeypatch.setattr(training, "train", spy)
-    return calls
+    def stop(d, x, settings, **options):
+        raise HandedOver(x, settings, options["validation"])
+
+    monkeypatch.setattr(training, "train", stop)
+
+    def hand_over(data, **options):
+        with pytest.raises(HandedOver) as caught:
+            small(num_steps=20, batch_size=None, check_every=None, **options)(data)
+        return caught.value.args
+
+    return hand_over
 
 
 def test_few_data_are_guarded_against_overfitting_and_many_are_not(handed_over, x):
-    options = {"num_steps": 20, "batch_size": None, "check_every": None}
     few, many = x[:199], x[:200]  # of two features
-    fitted = small(**options)(few)
-    rows, settings, held_out = handed_over[-1]
+    rows, settings, held_out = handed_over(few)
     assert (len(rows), len(held_out)) == (169, 30)
     both = np.concatenate([rows, held_out])
-    np.testing.assert_allclose(np.sort(both, axis=0), np.sort(fitted.standardise(few), axis=0))
+    standardised = (few - few.mean(0)) / few.std(0)
+    np.testing.assert_allclose(np.sort(both, axis=0), np.sort(standardised, axis=0), rtol=1e-5, atol=1e-6)
     assert (settings.dropout, settings.patience, settings.check_every, settings.batch_size) == (True, 20, 100, 169)
-    assert fitted.validation.shape == (1,)
     for data, more in ((many, {}), (few, {"validation": 0, "dropout": False})):
-        fitted = small(**options, **more)(data)
-        rows, settings, held_out = handed_over[-1]
-        assert (len(rows), held_out, fitted.validation.shape) == (len(data), None, (0,))
+        rows, settings, held_out = handed_over(data, **more)
+        assert (len(rows), held_out) == (len(data), None)
         assert (settings.dropout, settings.patience, settings.check_every) == (False, None, 500)
-    small(**options, validation=0.25, dropout=True, patience=3)(many)
-    rows, settings, held_out = handed_over[-1]
+    rows, settings, held_out = handed_over(many, validation=0.25, dropout=True, patience=3)
     assert (len(rows), len(held_out), settings.dropout, settings.patience) == (150, 50, True, 3)
-    small(**options)(x[:5])  # too few to hold any out
-    assert handed_over[-1][2] is None
+    assert handed_over(x[:5])[2] is None  # too few to hold any out
 
 
 def test_the_defaults_for_few_data_are_better_than_none():
@@ -123,10 +125,13 @@ def test_the_defaults_for_few_data_are_better_than_none():
     rng = np.random.default_rng(0)
     train, test = rng.normal(size=(60, 8)), rng.normal(size=(500, 8))
     d = mlp_diffusion(event_shape=(8,), width=64)
-    held_out = [
-        small(d, num_steps=1500, batch_size=None, check_every=None, **options)(train).log_likelihood(test, rng_key=KEY)
+    guarded, unguarded = (
+        small(d, num_steps=1500, batch_size=None, check_every=None, **options)(train)
         for options in ({}, {"validation": 0, "dropout": False})
-    ]
+    )
+    assert guarded.validation.shape == (len(guarded.losses) // 100,)
+    assert unguarded.validation.shape == (0,)
+    held_out = [fitted.log_likelihood(test, rng_key=KEY) for fitted in (guarded, unguarded)]
     exact = scipy.stats.norm.logpdf(test).sum(1).mean()
     assert held_out[0].mean > held_out[1].mean + 1
     assert exact - 1.5 < held_out[0].mean < exact
