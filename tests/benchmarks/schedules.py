@@ -1,6 +1,6 @@
 """What learning β_t buys: the held-out gap L − K of learned and fixed schedules, T by T.
 
-    python -m tests.benchmarks.schedules            # about three hours on two cores; goes on where it stopped
+    python -m tests.benchmarks.schedules            # about two hours on two cores; goes on where it stopped
     python -m tests.benchmarks.schedules --table    # prints the table of the cells that are done
     python -m tests.benchmarks.schedules --scan     # settings of the fixed schedules at T = 10, a trial each
 
