@@ -125,8 +125,7 @@ def test_svi_finds_the_best_schedule(name, T, start):
     """
     mixture = MIXTURES[name]
     beta, best = oracle.best_schedule(mixture, T, num_starts=0)
-    num_steps = 2000 if T <= 4 else 4000
-    fitted = fit(mixture, schedules.LearnedBetas(T, STARTS[start](T)), width=32, num_steps=num_steps)
+    fitted = fit(mixture, schedules.LearnedBetas(T, STARTS[start](T)), width=32, num_steps=4000)
     short, error, of_beta = shortfall(fitted, mixture, best, num_data=20_000)
     print(f"{name}, T = {T}, from {start}: short by {short:.4f} ± {error:.4f}, of β {of_beta:.4f}")
     print(f"  learned {np.round(fitted.beta, 4)}\n  oracle  {np.round(beta, 4)}")
