@@ -110,7 +110,7 @@ def sample(
     out: Annotated[Path, typer.Option(help=".npy, .csv or .parquet file to write")],
     n: Annotated[int, typer.Option("-n", "--num-samples", help="how many")] = 1000,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
-    chain: Annotated[int | None, typer.Option(help="which of the fits [default: that of least loss]")] = None,
+    chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
 ) -> None:
     """Draw x_0 from a fitted run by ancestral sampling, in the data's own units."""
     if out.suffix not in datasets.READERS:
@@ -136,7 +136,7 @@ def check(
     run: Annotated[
         Path | None, typer.Argument(help="run folder [default: the diffusion that `fit` starts from]")
     ] = None,
-    chain: Annotated[int | None, typer.Option(help="which of the fits [default: that of least loss]")] = None,
+    chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
     num_draws: Annotated[int, typer.Option(help="paths for each datum")] = 1000,
     max_data: Annotated[int, typer.Option(help="held-out data to use")] = 16,
     float32: Annotated[bool, typer.Option("--float32", help="in single precision [default: double]")] = False,

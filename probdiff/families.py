@@ -120,13 +120,14 @@ class Gaussian:
         loc, std, b, A = twist.loc, twist.std, twist.linear, twist.curvature
         flat = (*p.batch_shape, -1)
         m, v = (p.mean.reshape(flat) - loc) / std, p.variance.reshape(flat) / std**2
-        if A.ndim == 1:
+        full = isinstance(p, dist.MultivariateNormal)
+        if A.ndim == 1 and not full:
             g = 1 + A * v
             slope = b - A * m
             log_mass = jnp.sum(m * (b - 0.5 * A * m) + 0.5 * (v * slope**2 / g - jnp.log(g)), -1)
             tilted = dist.Normal(loc + std * (m + v * slope / g), std * jnp.sqrt(v / g)).to_event(1)
             return tilted, twist.constant + log_mass
-        full = isinstance(p, dist.MultivariateNormal)
+        A = jnp.diag(A) if A.ndim == 1 else A
         L = p.scale_tril / std if full else jnp.sqrt(v)[..., None] * jnp.eye(loc.size)
         slope = b - m @ A
         R = jnp.linalg.cholesky(jnp.eye(loc.size) + L.mT @ A @ L)
@@ -135,7 +136,9 @@ class Gaussian:
         log_det = jnp.sum(jnp.log(jnp.diagonal(R, axis1=-2, axis2=-1)), -1)
         log_mass = jnp.sum(m * (b - 0.5 * m @ A), -1) + 0.5 * jnp.sum(u**2, -1) - log_det
         mean = m + jnp.squeeze(F @ u[..., None], -1)
-        return dist.MultivariateNormal(loc + std * mean, std**2 * F @ F.mT), twist.constant + log_mass
+        tril = jnp.linalg.qr(F.mT, mode="r").mT  # not the Cholesky factor of F·Fᵀ, which rounding can make singular
+        tril = tril * jnp.where(jnp.diagonal(tril, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[..., None, :]
+        return dist.MultivariateNormal(loc + std * mean, scale_tril=std * tril), twist.constant + log_mass
 
     def _isotropic(self, loc: Event, std: Float[Array, "..."]) -> dist.Distribution:
         # the same class for all five, so that KL divergences between them are closed forms

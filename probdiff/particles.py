@@ -72,7 +72,8 @@ def log_importance_weights(
 def iwae(d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles: int) -> LogLikelihood:
     """The multi-sample bound E log (1/S) Σ_s w_s ≤ log p(x_0), w of N14 from S whole paths (Burda et al. 2016).
 
-    It rises to log p(x_0) with S; S = 1 is the ELBO. x_0 (N, *event_shape) in the chain's own units; nats.
+    It rises to log p(x_0) with S, from the ELBO at S = 1; here S is at least 2.
+    x_0 (N, *event_shape) in the chain's own units; nats.
     """
     blocks = [(*log_mean(log_w), _k_of(log_w)) for log_w in _weights_in_blocks(d, params, x_0, rng_key, num_particles)]
     values, mcse, k = (np.concatenate(part) for part in zip(*blocks, strict=True))
@@ -91,7 +92,9 @@ def upper(
 
     The other S − 1 are drawn from q (bidirectional Monte Carlo: Grosse, Ghahramani and Adams 2015).
     `paths` (N, T+1, *event_shape), x_0 first, must be ancestral draws from p: then x_1…x_T is an exact posterior draw
-    given its x_0. For other x_0 no such draw is known, and there is no bound. Chain's own units; nats.
+    given its x_0. For other x_0 no such draw is known, and there is no bound. S is at least 3. The stated error of the
+    first weight is extrapolated from the others, and not to be relied on where their k̂ is high.
+    Chain's own units; nats.
     """
     blocks, S = [], num_particles
     rows = block_size(len(paths), _ROWS)
@@ -103,7 +106,7 @@ def upper(
         w = np.exp(log_w - values)
         posterior = w / w.sum(0)
         spread = np.sum(posterior * w**2, 0) - np.sum(posterior * w, 0) ** 2  # of the first weight
-        blocks.append((values, np.sqrt(spread + (S - 1) * w[1:].var(0)) / S, _k_of(others)))
+        blocks.append((values, np.sqrt(spread + (S - 1) * w[1:].var(0, ddof=1)) / S, _k_of(others)))
     values, mcse, k = (np.concatenate(part) for part in zip(*blocks, strict=True))
     return LogLikelihood(values, mcse, "upper bound", k)
 
@@ -116,7 +119,8 @@ def smc(
     A filter runs from x_T to x_1 with the targets p(x_t…x_T)·ψ_t(x_t) and the proposals p(x_{t−1} given x_t)·ψ_{t−1}.
     log ψ_t is a quadratic of x_t fitted, from t = 1 up, to log p(x_0 given x_1) and to
     log ∫ p(x_{t−1} given x_t)·ψ_{t−1}(x_{t−1}) dx_{t−1} at draws from q(x_t given x_0), so that ψ_t is nearly
-    p(x_0 given x_t) (Guarniero, Johansen and Lee 2017; Heng et al. 2020): exactly so for linear-Gaussian chains.
+    p(x_0 given x_t) (Guarniero, Johansen and Lee 2017; Heng et al. 2020): for linear-Gaussian chains up to the ridge of
+    the fit. Beyond 16 features the quadratic has no products of two features.
     Particles are resampled, systematically, where their effective number falls below half. Where no quadratic is near
     p(x_0 given x_t), whole paths from q are the better particles: for each datum a first run of both
     finds the one of less spread, and a second run, independent of it, counts. Values are the log of the mean over
@@ -124,7 +128,8 @@ def smc(
     x_0 (N, *event_shape) in the chain's own units; nats.
     """
     S, R, size = num_particles, num_draws, int(np.prod(d.event_shape))
-    rows = block_size(len(x_0), max(1, min(_ROWS, 2**21 // (R * S * size * (size if size <= _FULL else 1)))))
+    square = size <= _FULL or d.covariance == "full"
+    rows = block_size(len(x_0), max(1, min(_ROWS, 2**21 // (R * S * size * (size if square else 1)))))
 
     def twisted(x: Data, rng_key: Key) -> Float[np.ndarray, "R n"]:
         run = lambda x, key: np.asarray(_filters(d, params, x, jax.random.split(key, rows), S, R), np.float64)  # noqa: E731
@@ -136,7 +141,7 @@ def smc(
 
     keys = jax.random.split(rng_key, (2, 2))
     spread = [log_mean(run(x_0, key))[1] for run, key in zip((twisted, whole), keys[0], strict=True)]
-    better = np.argmin(spread, axis=0)
+    better = np.argmin(np.where(np.isnan(spread), np.inf, spread), axis=0)
     values, mcse = np.empty((2, len(x_0)))
     for i, run in enumerate((twisted, whole)):
         if np.any(better == i):

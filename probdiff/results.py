@@ -51,14 +51,14 @@ def fit(
     """Fits β_t and the reverse kernels to data by SVI, maximising the ELBO of N17.
 
     x (N, *event_shape), floating-point, in the data's own units: the chain runs on x less its mean and over its
-    standard deviation, each feature apart. `batch_size` is 512, or N where that is less. `num_chains` independent
-    fits run side by side. `validation` is data (M, *event_shape) on which the best params are chosen, or the share of x
-    to hold out for that, 0 for none.
+    standard deviation, each feature apart. `batch_size` is 512, and at most the rows that are fitted.
+    `num_chains` independent fits run side by side. `validation` is data (M, *event_shape) on which the best params are
+    chosen, or the share of x to hold out for that, 0 for none.
 
     A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
     network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
-    elsewhere none of the three. `check_every` is 100 steps with validation data and 500 without. See
-    `training.Settings` for the rest and `training.train` for checkpoints.
+    elsewhere none of the three. Below 10 rows none are held out. `check_every` is 100 steps with validation data and
+    500 without. See `training.Settings` for the rest and `training.train` for checkpoints.
     Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
     """
     data = check_data(x, d.event_shape, "x", minimum=2)
@@ -68,9 +68,11 @@ def fit(
     few = len(data) < _ROWS_PER_FEATURE * math.prod(d.event_shape)
     rng_key = check_key(rng_key)
     if validation is None and few and round(_HELD_OUT * len(data)) >= 2:
-        validation, patience = _HELD_OUT, 20 if patience is None else patience
+        validation = _HELD_OUT
     loc, scale = data.mean(0), data.std(0)
     data, held_out = _hold_out(data, validation, rng_key)
+    if few and held_out is not None and patience is None:
+        patience = 20
     if patience is not None and held_out is None:
         raise ValueError("patience wants validation data to watch; pass validation=")
     standardise = lambda rows: ((rows - loc) / scale).astype(jnp.result_type(float))  # noqa: E731
@@ -151,7 +153,9 @@ class Fit:
 
     @property
     def best(self) -> int:
-        """The chain with the least mean loss over the last tenth of the steps."""
+        """The chain with the largest validation ELBO, or without one the least mean loss of the last tenth of steps."""
+        if self.stacked_validation.size:
+            return int(np.nanmax(self.stacked_validation, axis=1).argmax())
         last = max(1, self.stacked_losses.shape[1] // 10)
         return int(self.stacked_losses[:, -last:].mean(1).argmin())
 
@@ -215,12 +219,12 @@ class Fit:
         | "exact" | exact | linear-Gaussian chains, and chains of one dimension; needs no rng_key; `exact.exact` |
 
         Raises `ValueError` or `TypeError` for an x of another shape, of integers, or with entries that are not finite,
-        for counts below 2, and for a chain that "exact" cannot do.
+        for counts below 2 (3 particles for "upper"), and for a chain that "exact" cannot do.
         """
         if method not in get_args(Method):
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(get_args(Method))}")
         _check_count(num_draws, "num_draws", 2)
-        _check_count(num_particles, "num_particles", 2)
+        _check_count(num_particles, "num_particles", 3 if method == "upper" else 2)
         C, d = self.num_chains, self.diffusion
         if method == "upper":
             x_0 = self._standardise_paths(x)

@@ -4,12 +4,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 import scipy.stats
 from conftest import linear_diffusion, mlp_diffusion, path_gaussian, random_params
 
 import probdiff
-from probdiff import GaussianDiffusion, datasets, exact, flow, likelihood, networks, particles, schedules
+from probdiff import GaussianDiffusion, datasets, exact, families, flow, likelihood, networks, particles, schedules
 
 KEY = jax.random.key(0)
 SEEDS, DATA = 200, 16
@@ -139,6 +140,48 @@ def test_filters_are_unbiased_within_their_error_in_every_seed(fitted, repeated)
     assert z.std() < 1.5
     pooled = ratio.mean(0)  # over seeds, for each datum
     assert np.all(np.abs(pooled - 1) < Z * ratio.std(0) / np.sqrt(SEEDS))
+
+
+def test_filters_that_resample_at_every_step_are_unbiased(fitted, monkeypatch):
+    """The filters themselves, without the choice between them and whole paths."""
+    x = fitted.sample(jax.random.key(5), 8)
+    truth = fitted.log_likelihood(x, method="exact").values + np.log(fitted.scale).sum()
+    monkeypatch.setattr(particles, "_LEAST_SIZE", 1.1)
+    particles._filters.clear_cache()
+    keys = jax.random.split(KEY, 8)
+    log_p = particles._filters(fitted.diffusion, fitted.params, fitted.standardise(x), keys, 16, 500)
+    particles._filters.clear_cache()
+    ratio = np.exp(np.asarray(log_p, np.float64) - truth[:, None])
+    z = (ratio.mean(1) - 1) / (ratio.std(1, ddof=1) / np.sqrt(500))
+    assert np.all(np.abs(z) < Z)
+
+
+@pytest.mark.parametrize("full_kernel", [False, True])
+@pytest.mark.parametrize("full_twist", [False, True])
+def test_a_tilted_kernel_is_that_of_quadrature(x64, full_kernel, full_twist):
+    scale_tril = np.array([[0.8, 0.0], [0.7, 0.3]])
+    mean = jnp.array([0.3, -0.2])
+    normal = dist.Normal(mean, jnp.array([0.8, 0.3])).to_event(1)
+    p = dist.MultivariateNormal(mean, scale_tril=jnp.asarray(scale_tril)) if full_kernel else normal
+    curvature = jnp.array([[1.5, 0.6], [0.6, 0.9]]) if full_twist else jnp.array([1.5, 0.9])
+    twist = families.Twist(jnp.array([0.1, 0.2]), jnp.asarray(0.7), jnp.asarray(0.4), jnp.array([0.5, -1.0]), curvature)
+    tilted, log_mass = linear_diffusion("full" if full_kernel else "diagonal").family.tilted(p, twist)
+    y = np.linspace(-8, 8, 801)
+    grid = np.stack(np.meshgrid(y, y, indexing="ij"), -1).reshape(-1, 2)
+    density = np.exp(np.asarray(p.log_prob(grid) + twist(jnp.asarray(grid))))
+    mass = density.sum() * (y[1] - y[0]) ** 2
+    assert log_mass == pytest.approx(np.log(mass), rel=1e-6)
+    np.testing.assert_allclose(np.exp(tilted.log_prob(grid)), density / mass, atol=1e-6)
+
+
+def test_a_kernel_that_is_nearly_singular_can_be_tilted():
+    scale_tril = jnp.eye(4) * jnp.array([1.0, 1e-4, 1.0, 1e-4]) + jnp.tril(jnp.ones((4, 4)), -1)
+    p = dist.MultivariateNormal(jnp.zeros(4), scale_tril=scale_tril)
+    twist = families.Twist(jnp.zeros(4), jnp.ones(()), jnp.zeros(()), jnp.ones(4), 0.1 * jnp.eye(4))
+    tilted, log_mass = jax.jit(linear_diffusion("full", 4).family.tilted)(p, twist)
+    assert np.all(np.isfinite(tilted.scale_tril))
+    assert np.all(np.diagonal(tilted.scale_tril) > 0)
+    assert np.isfinite(log_mass)
 
 
 def test_the_sandwich_wants_whole_paths(fitted):

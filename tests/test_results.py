@@ -1,5 +1,6 @@
 import resource
 import signal
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -118,6 +119,14 @@ def test_few_data_are_guarded_against_overfitting_and_many_are_not(handed_over, 
     rows, settings, held_out = handed_over(many, validation=0.25, dropout=True, patience=3)
     assert (len(rows), len(held_out), settings.dropout, settings.patience) == (150, 50, True, 3)
     assert handed_over(x[:5])[2] is None  # too few to hold any out
+    assert handed_over(few, validation=0.3)[1].patience == 20
+
+
+def test_the_best_chain_is_that_of_the_best_validation_elbo(fitted):
+    losses, validation = np.array([[3.0, 1.0], [3.0, 2.0]]), np.array([[-2.0, -5.0], [-1.0, np.nan]])
+    without = replace(fitted, stacked_losses=losses, stacked_validation=np.empty((2, 0)))
+    assert without.best == 0
+    assert replace(without, stacked_validation=validation).best == 1
 
 
 def test_the_defaults_for_few_data_are_better_than_none():

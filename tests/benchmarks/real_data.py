@@ -140,13 +140,14 @@ def table(cells):
         for method, v in values.items():
             if not len(v):
                 continue
-            row = {"data": source, "method": method, "mean": v.mean(), "seeds": len(v)}
+            row = {"data": source, "method": method, "unit": "bits/dim" if source == "digits" else "nats"}
+            row |= {"mean": v.mean(), "seeds": len(v)}
             row["se seeds"] = standard_error(v.mean(1)) if len(v) > 1 else np.nan
             row["se data"] = standard_error(v.mean(0))
             if len(values[CHAIN]):
                 difference = values[CHAIN].mean(0) - v.mean(0)
                 row |= {"chain less this": difference.mean(), "se paired": standard_error(difference)}
-            row["note"] = cells[f"{source}/{method}/0"]["note"]
+            row["note"] = next(cell["note"] for key, cell in cells.items() if key.startswith(f"{source}/{method}/"))
             rows.append(row)
     return pd.DataFrame(rows)
 

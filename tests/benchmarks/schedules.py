@@ -150,6 +150,8 @@ def key_of(cell):
 def table(results):
     """Rows: data, covariance and schedule; columns: T; entries: gap ± standard error, nats."""
     done = [(cell, results[key_of(cell)]) for cell in CELLS if key_of(cell) in results]
+    if not done:
+        return "no cell is done"
     frame = pd.DataFrame(
         [
             {
