@@ -244,22 +244,28 @@ def read_table(
         frame = frame[list(columns)]
     if not len(frame):
         raise ValueError(f"{path} has 0 row(s) of data")
-    words = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
-    if words:
-        raise ValueError(f"{path}: column {words[0]!r} does not hold numbers; leave it out, naming the columns to use")
-    kinds = pd.api.types
-    whole = [name for name in frame.columns if kinds.is_integer_dtype(frame[name]) or kinds.is_bool_dtype(frame[name])]
-    if whole and dequantise_key is None:
-        raise ValueError(
-            f"{path}: column {whole[0]!r} holds integers, and a density wants continuous data: "
-            "dequantise them (--dequantise), leave them out, or write them with decimals if they were measured"
-        )
-    array = frame.to_numpy(np.float64)
+    array = frame_numbers(frame, str(path), dequantised=dequantise_key is not None)
     if dequantise_key is not None:
-        for i, name in enumerate(frame.columns):
-            if name in whole:
+        for i, kind in enumerate(frame.dtypes):
+            if pd.api.types.is_integer_dtype(kind) or pd.api.types.is_bool_dtype(kind):
                 array[:, i] = dequantise(array[:, i], jax.random.fold_in(dequantise_key, i))
     return array, list(frame.columns)
+
+
+def frame_numbers(frame: Any, name: str, dequantised: bool = False) -> np.ndarray:
+    """The numbers of a data frame as float64. Raises `ValueError` for words, and for integers not to be dequantised."""
+    from pandas.api import types as kinds
+
+    words = [column for column in frame.columns if not kinds.is_numeric_dtype(frame[column])]
+    if words:
+        raise ValueError(f"{name}: column {words[0]!r} does not hold numbers; leave it out, naming the columns to use")
+    whole = [c for c in frame.columns if kinds.is_integer_dtype(frame[c]) or kinds.is_bool_dtype(frame[c])]
+    if whole and not dequantised:
+        raise ValueError(
+            f"{name}: column {whole[0]!r} holds integers, and a density wants continuous data: "
+            "dequantise them (--dequantise), leave them out, or write them with decimals if they were measured"
+        )
+    return frame.to_numpy(np.float64)
 
 
 READERS = {".npy": "load", ".csv": "read_csv", ".parquet": "read_parquet"}

@@ -145,7 +145,7 @@ class Gaussian:
         if self.covariance == "full":
             scale_tril = jnp.asarray(std)[..., None, None] * jnp.eye(self.event_shape[0])
             return dist.MultivariateNormal(loc, scale_tril=scale_tril)
-        return dist.Normal(loc, jnp.broadcast_to(self._wide(std), loc.shape)).to_event(len(self.event_shape))
+        return dist.Normal(loc, self._wide(std)).to_event(len(self.event_shape))
 
     def _wide(self, coefficient: Float[Array, "..."]) -> Float[Array, "..."]:
         """A coefficient per datum, with an axis of length one for each axis of the event."""

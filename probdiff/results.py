@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from jax.sharding import Mesh
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 from numpyro import handlers
@@ -21,6 +22,7 @@ from probdiff.datasets import check_data, check_varies, some, split
 from probdiff.files import atomic_write
 from probdiff.likelihood import ELBOParts, LogLikelihood
 from probdiff.schedules import NoiseLevels
+from probdiff.streams import Stream
 from probdiff.types import Key, Params, check_key
 
 Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
@@ -31,7 +33,7 @@ _HELD_OUT = 0.15
 
 def fit(
     d: GaussianDiffusion,
-    x: ArrayLike,
+    x: ArrayLike | Stream,
     *,
     rng_key: Key,
     num_steps: int = 20_000,
@@ -47,13 +49,16 @@ def fit(
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     progress_bar: bool = True,
+    mesh: Mesh | None = None,
 ) -> "Fit":
     """Fits β_t and the reverse kernels to data by SVI, maximising the ELBO of N17.
 
     x (N, *event_shape), floating-point, in the data's own units: the chain runs on x less its mean and over its
-    standard deviation, each feature apart. `batch_size` is 512, and at most the rows that are fitted.
-    `num_chains` independent fits run side by side. `validation` is data (M, *event_shape) on which the best params are
-    chosen, or the share of x to hold out for that, 0 for none.
+    standard deviation, each feature apart; a `streams.stream` of a file stands for rows that do not fit in memory.
+    `batch_size` is 512, and at most the rows that are fitted.
+    `num_chains` independent fits run side by side. Among several devices, those of `mesh` or else all, chains and
+    batches are shared out over the mesh's axes "chain" and "data"; see `devices.choose_mesh`. `validation` is data
+    (M, *event_shape) on which the best params are chosen, or the share of x to hold out for that, 0 for none.
 
     A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
     network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
@@ -61,24 +66,34 @@ def fit(
     500 without. See `training.Settings` for the rest and `training.train` for checkpoints.
     Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
     """
-    data = check_data(x, d.event_shape, "x", minimum=2)
-    check_varies(data, "x")
-    if batch_size is not None and batch_size > len(data):
-        raise ValueError(f"batch_size is {batch_size}; x has {len(data)} rows")
-    few = len(data) < _ROWS_PER_FEATURE * math.prod(d.event_shape)
+    if isinstance(x, Stream):
+        if x.shape[1:] != d.event_shape:
+            raise ValueError(f"x is a stream of shape {x.shape}; this diffusion has event_shape {d.event_shape}")
+    else:
+        x = check_data(x, d.event_shape, "x", minimum=2)
+        check_varies(x, "x")
+    num_rows = x.shape[0]
+    if batch_size is not None and batch_size > num_rows:
+        raise ValueError(f"batch_size is {batch_size}; x has {num_rows} rows")
+    few = num_rows < _ROWS_PER_FEATURE * math.prod(d.event_shape)
     rng_key = check_key(rng_key)
-    if validation is None and few and round(_HELD_OUT * len(data)) >= 2:
+    if validation is None and few and round(_HELD_OUT * num_rows) >= 2:
         validation = _HELD_OUT
-    loc, scale = data.mean(0), data.std(0)
-    data, held_out = _hold_out(data, validation, rng_key)
+    data: np.ndarray | Stream
+    if isinstance(x, Stream):
+        loc, scale = x.moments()
+        data, held_out = x.standardised(loc, scale), _held_out_of_stream(x, validation)
+    else:
+        loc, scale = x.mean(0), x.std(0)
+        kept, held_out = _hold_out(x, validation, rng_key)
+        data = _standardised(kept, loc, scale)
     if few and held_out is not None and patience is None:
         patience = 20
     if patience is not None and held_out is None:
         raise ValueError("patience wants validation data to watch; pass validation=")
-    standardise = lambda rows: ((rows - loc) / scale).astype(jnp.result_type(float))  # noqa: E731
     settings = training.Settings(
         num_steps,
-        min(512 if batch_size is None else batch_size, len(data)),
+        min(512 if batch_size is None else batch_size, data.shape[0]),
         num_chains,
         objective,
         learning_rate,
@@ -89,13 +104,14 @@ def fit(
     )
     trained = training.train(
         d,
-        standardise(data),
+        data,
         settings,
         rng_key=rng_key,
-        validation=None if held_out is None else standardise(held_out),
+        validation=None if held_out is None else _standardised(held_out, loc, scale),
         checkpoint_dir=checkpoint_dir,
         resume=resume,
         progress_bar=progress_bar,
+        mesh=mesh,
     )
     log_det = float(np.log(scale).sum())
     return Fit(d, trained.params, trained.losses + log_det, trained.validation - log_det, loc, scale)
@@ -320,7 +336,7 @@ class Fit:
     def standardise(self, x: ArrayLike, name: str = "x") -> np.ndarray:
         """x in the chain's own units, checked."""
         data = check_data(x, self.diffusion.event_shape, name)
-        return ((data - self.loc) / self.scale).astype(jnp.result_type(float))
+        return _standardised(data, self.loc, self.scale)
 
     def _standardise_paths(self, x: ArrayLike) -> np.ndarray:
         """x_0…x_T in the chain's own units, (C, N, T+1, *event_shape), checked."""
@@ -334,7 +350,19 @@ class Fit:
                 "as sample(rng_key, N, paths=True) gives them"
             )
         paths = [check_data(one, shape, "x") for one in array]
-        return ((np.stack(paths) - self.loc) / self.scale).astype(jnp.result_type(float))
+        return _standardised(np.stack(paths), self.loc, self.scale)
+
+
+def _standardised(x: np.ndarray, loc: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return ((x - loc) / scale).astype(jnp.result_type(float))
+
+
+def _held_out_of_stream(x: Stream, validation: ArrayLike | float | None) -> np.ndarray | None:
+    if validation is None or (not np.ndim(validation) and float(np.asarray(validation)) == 0):
+        return None
+    if not np.ndim(validation):
+        raise ValueError(f"validation is {validation}; of a stream no share is held out: give rows of data")
+    return check_data(validation, x.shape[1:], "validation")
 
 
 def _hold_out(

@@ -3,12 +3,10 @@
 Progress, early stopping on validation data, checkpoints and resume.
 """
 
-import hashlib
-import json
 import math
-import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from tqdm.auto import tqdm
 
-from probdiff import likelihood
+from probdiff import devices, likelihood
 from probdiff.chains import GaussianDiffusion
-from probdiff.files import atomic_write, check_space
+from probdiff.checkpoints import Checkpoints, configuration
+from probdiff.streams import Stream
 from probdiff.types import Data, Key, Params
 
 Objective = Literal["at_time", "mean_field", "trace"]
@@ -77,8 +77,9 @@ class Trained:
     validation: np.ndarray
 
 
+@lru_cache(maxsize=16)
 def make_svi(d: GaussianDiffusion, settings: Settings) -> SVI:
-    """NumPyro's `SVI` of the objective, its loss the negative ELBO per datum of a batch."""
+    """NumPyro's `SVI` of the objective, its loss the negative ELBO per datum of a batch; one for the same arguments."""
     reverse = partial(d.reverse, stacked=True, dropout=settings.dropout)
     forward = partial(d.forward_posterior, stacked=True)
     at_time = partial(d.reverse_at_time, dropout=settings.dropout)
@@ -101,9 +102,54 @@ def make_svi(d: GaussianDiffusion, settings: Settings) -> SVI:
     )
 
 
+@partial(jax.jit, static_argnums=0)
+def start_state(svi: SVI, x: Data, rng_keys: Key) -> tuple[Any, Params]:
+    """The state of SVI before the first step, with a leading axis of C chains, and its params."""
+    state = jax.vmap(lambda key: svi.init(key, x))(rng_keys)
+    return state, svi.get_params(state)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def run_steps(
+    svi: SVI,
+    settings: Settings,
+    mesh: Mesh | None,
+    state: Any,
+    average: Params | None,
+    x: Data,
+    num_rows: int,
+    batch_keys: Key,
+    start: int,
+    stop: int,
+) -> tuple[Any, Params, Params | None, Any]:
+    """Steps `start` to `stop` of SVI in one compiled loop, on batches of the first `num_rows` rows of x.
+
+    Returns the state, its params, their moving average where one is given, and the losses (C, check_every).
+    """
+
+    def one_chain(state: Any, average: Params | None, batch_key: Key, x: Data, span: tuple[int, int, int]) -> Any:
+        start, stop, num_rows = span
+
+        def step(i: Any, carry: Any) -> Any:
+            state, average, losses = carry
+            rows = jax.random.randint(jax.random.fold_in(batch_key, i), (settings.batch_size,), 0, num_rows)
+            state, loss = svi.update(state, devices.constrain(x[rows], mesh, "data"))
+            state = devices.constrain(state, mesh)
+            if average is not None:
+                weight = jnp.maximum(_AVERAGING, 1 / (1 + i))  # a plain mean until there is enough to average
+                average = optax.incremental_update(svi.get_params(state), average, weight)
+            return state, average, losses.at[i - start].set(loss)
+
+        losses = jnp.zeros(settings.check_every)
+        state, average, losses = jax.lax.fori_loop(start, stop, step, (state, average, losses))
+        return state, svi.get_params(state), average, losses
+
+    return devices.each_chain(one_chain, mesh)((state, average, batch_keys), x, (start, stop, num_rows))
+
+
 def train(
     d: GaussianDiffusion,
-    x: Data,
+    x: Data | Stream,
     settings: Settings,
     *,
     rng_key: Key,
@@ -111,74 +157,64 @@ def train(
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     progress_bar: bool = True,
+    mesh: Mesh | None = None,
 ) -> Trained:
     """Fits C chains side by side to x (N, *event_shape), in the chain's own units, by minimising the negative of N17.
 
-    The rows of each batch are drawn on the device, with replacement. With `validation` data, what is checked is a
-    moving average of the params over the last hundred steps or so, and each chain keeps that of its best check. With
-    `checkpoint_dir`, `resume=True` goes on from the newest whole checkpoint and ends with the same bits as a run that
-    never stopped.
+    The rows of each batch are drawn on the device, with replacement; those of a `Stream` from one buffer after the
+    other, a new one after every check. With `validation` data, what is checked is a moving average of the params over
+    the last hundred steps or so, and each chain keeps that of its best check. With `checkpoint_dir`, `resume=True` goes
+    on from the newest whole checkpoint and ends with the same bits as a run that never stopped. Among several devices
+    chains and batches are shared out as `devices.choose_mesh` says.
     Raises `FloatingPointError` where the loss stops being finite; `FileExistsError` where `checkpoint_dir` holds
     a run and `resume` is false; `ValueError` where it holds a run of another configuration.
     """
     if resume and checkpoint_dir is None:
         raise ValueError("resume wants the folder of the run to go on with; pass checkpoint_dir=")
+    mesh = devices.choose_mesh(mesh, settings.num_chains, settings.batch_size)
     svi = make_svi(d, settings)
-    x = jnp.asarray(x)
     init_key, batch_key, validation_key = jax.random.split(rng_key, 3)
     batch_keys = jax.random.split(batch_key, settings.num_chains)
-    state = jax.jit(jax.vmap(lambda key: svi.init(key, x[: settings.batch_size])))(
-        jax.random.split(init_key, settings.num_chains)
+    state, params = start_state(
+        svi, jnp.zeros((settings.batch_size, *d.event_shape)), jax.random.split(init_key, settings.num_chains)
     )
-
-    @jax.jit
-    def run(state: Any, average: Params | None, x: Data, start: int, stop: int) -> tuple[Any, Any, Any]:
-        def step(i: Any, carry: Any) -> Any:
-            state, average, losses = carry
-
-            def one_chain(state: Any, batch_key: Key) -> Any:
-                rows = jax.random.randint(jax.random.fold_in(batch_key, i), (settings.batch_size,), 0, x.shape[0])
-                return svi.update(state, x[rows])
-
-            state, loss = jax.vmap(one_chain)(state, batch_keys)
-            if average is not None:
-                weight = jnp.maximum(_AVERAGING, 1 / (1 + i))  # a plain mean until there is enough to average
-                average = optax.incremental_update(svi.get_params(state), average, weight)
-            return state, average, losses.at[:, i - start].set(loss)
-
-        losses = jnp.zeros((settings.num_chains, settings.check_every), x.dtype)
-        return jax.lax.fori_loop(start, stop, step, (state, average, losses))
-
     num_checks = math.ceil(settings.num_steps / settings.check_every)
     progress = {
         "state": state,
-        "average": None if validation is None else svi.get_params(state),
-        "best": svi.get_params(state),
-        "losses": np.full((settings.num_chains, settings.num_steps), np.nan, x.dtype),
+        "average": None if validation is None else params,
+        "best": params,
+        "losses": np.full((settings.num_chains, settings.num_steps), np.nan, jnp.result_type(float)),
         "validation": np.full((settings.num_chains, num_checks), np.nan),
     }
     first_check, checkpoints = 0, None
     if checkpoint_dir is not None:
         checkpoints = Checkpoints(
-            Path(checkpoint_dir), _configuration(d, x, settings, rng_key, validation, state), resume
+            Path(checkpoint_dir), configuration(asdict(settings), d, x, validation, rng_key, state), resume
         )
         first_check, progress = checkpoints.restore(progress)
     bar = tqdm(total=settings.num_steps, disable=None if progress_bar else True, unit="step", desc="fit")
     bar.update(min(first_check * settings.check_every, settings.num_steps))
+    state, average = devices.place((progress["state"], progress["average"]), mesh, "chain")
+    batch_keys = devices.place(batch_keys, mesh, "chain")
+    buffers = _buffers(x, settings, first_check, mesh)
     for check in range(first_check, num_checks):
         if _has_stalled(progress["validation"][:, :check], settings.patience):
             break
         start = check * settings.check_every
         stop = min(start + settings.check_every, settings.num_steps)
-        state, average, losses = run(progress["state"], progress["average"], x, start, stop)
-        losses = np.asarray(losses)[:, : stop - start]
+        rows, num_rows = next(buffers)
+        state, params, average, losses = run_steps(
+            svi, settings, mesh, state, average, rows, num_rows, batch_keys, start, stop
+        )
+        losses = np.asarray(devices.fetch(losses, mesh))[:, : stop - start]
         _check_finite(losses, start)
-        progress["state"], progress["average"], progress["losses"][:, start:stop] = state, average, losses
+        progress["losses"][:, start:stop] = losses
         if validation is None:
-            progress["best"] = svi.get_params(state)
+            progress["best"] = params
         else:
+            checked = devices.fetch(average, mesh)
             elbo = [
-                likelihood.elbo(d, chain(average, c), validation, rng_key=validation_key, num_draws=2).mean
+                likelihood.elbo(d, chain(checked, c), validation, rng_key=validation_key, num_draws=2).mean
                 for c in range(settings.num_chains)
             ]
             if not np.all(np.isfinite(elbo)):
@@ -187,8 +223,10 @@ def train(
                 )
             best = np.fmax.reduce(progress["validation"], axis=1, initial=-np.inf)
             progress["validation"][:, check] = elbo
-            progress["best"] = _choose(elbo > best, average, progress["best"])
+            progress["best"] = _choose(elbo > best, checked, progress["best"])
         if checkpoints is not None:
+            progress["state"], progress["average"] = devices.fetch((state, average), mesh)
+            progress["best"] = devices.fetch(progress["best"], mesh)
             checkpoints.save(check + 1, progress)
         bar.set_postfix_str(f"loss {losses.mean():.4f} nats per datum", refresh=False)
         bar.update(stop - start)
@@ -198,10 +236,23 @@ def train(
     steps_taken = int(np.isfinite(progress["losses"][0]).sum())
     checks_made = math.ceil(steps_taken / settings.check_every)
     return Trained(
-        progress["best"],
+        devices.fetch(progress["best"], mesh),
         progress["losses"][:, :steps_taken],
         progress["validation"][:, : checks_made if validation is not None else 0],
     )
+
+
+def _buffers(
+    x: Data | Stream, settings: Settings, first_check: int, mesh: Mesh | None
+) -> Iterator[tuple[jax.Array, int]]:
+    """The rows that each stretch of steps draws from, on the mesh, and how many of them are data."""
+    if isinstance(x, Stream):
+        for rows in x.buffers(settings.batch_size * settings.check_every, first_check):
+            yield devices.place_rows(rows, mesh), len(rows)
+    else:
+        whole = devices.place_rows(np.asarray(x), mesh)
+        while True:
+            yield whole, len(x)
 
 
 def chain(params: Params, c: int) -> Params:
@@ -228,120 +279,3 @@ def _check_finite(losses: np.ndarray, start: int) -> None:
             f"the loss of chain {c} is {losses[c, step]} at step {start + step}; "
             "try a smaller learning_rate or look for outliers in x"
         )
-
-
-def _digest(leaves: list[Any]) -> str:
-    digest = hashlib.sha256()
-    for leaf in leaves:
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
-
-
-def _raw(tree: Any) -> list[np.ndarray]:
-    """The leaves of a tree as arrays of numbers, random keys included."""
-    return [
-        np.asarray(jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
-        for leaf in jax.tree.leaves(tree)
-    ]
-
-
-def _configuration(
-    d: GaussianDiffusion, x: Data, settings: Settings, rng_key: Key, validation: Data | None, state: Any
-) -> dict[str, Any]:
-    with np.printoptions(threshold=10**9, precision=17):
-        program = repr(d)
-    return {
-        **asdict(settings),
-        "diffusion": program,
-        "x": _digest([x]),
-        "validation": None if validation is None else _digest([validation]),
-        "rng_key": np.asarray(jax.random.key_data(rng_key)).tolist(),
-        "initial state": _digest(_raw(state)),
-    }
-
-
-class Checkpoints:
-    """The two newest checkpoints of a run, written by Orbax, each with a digest of its files."""
-
-    def __init__(self, directory: Path, configuration: dict[str, Any], resume: bool) -> None:
-        import orbax.checkpoint as ocp  # slow to import, and not every fit wants it
-
-        directory = directory.absolute()
-        described = directory / "configuration.json"
-        if described.exists():
-            if not resume:
-                raise FileExistsError(f"{directory} already holds a run: resume it, or choose another folder")
-            held = json.loads(described.read_text())
-            for name, value in configuration.items():
-                if held.get(name) != value:
-                    raise ValueError(
-                        f"{directory} holds a run of another configuration: its {name} is {_short(held.get(name))}, "
-                        f"this one's is {_short(value)}"
-                    )
-        else:
-            with atomic_write(described) as file:
-                file.write_text(json.dumps(configuration, indent=1))
-        self._ocp = ocp
-        self._directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory / "steps",
-            options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, create=True),
-        )
-
-    def save(self, check: int, tree: Any) -> None:
-        leaves = {f"{i:04}": leaf for i, leaf in enumerate(_raw(tree))}
-        # on a full disk Orbax's threads fill the terminal before they fail
-        check_space(self._directory, 2 * sum(leaf.nbytes for leaf in leaves.values()) + 100_000)
-        try:
-            self._manager.save(check, args=self._ocp.args.StandardSave(leaves))
-            with atomic_write(self._digest_file(check)) as file:
-                file.write_text(self._digest_of_files(check))
-        except Exception as error:  # Orbax passes on what its storage says, in many classes
-            raise OSError(f"could not write a checkpoint to {self._directory}: {_first_line(error)}") from error
-
-    def restore(self, template: Any) -> tuple[int, Any]:
-        """The newest whole checkpoint, with a warning for each damaged one; (0, template) where there is none."""
-        for check in sorted(self._manager.all_steps(), reverse=True):
-            finished = self._digest_file(check).exists()  # else the run was killed before its checkpoint counted
-            if finished and self._digest_file(check).read_text() == self._digest_of_files(check):
-                held = self._manager.restore(check, args=self._ocp.args.StandardRestore())
-                return check, _fill(template, [np.asarray(held[name]) for name in sorted(held)])
-            if finished:
-                warnings.warn(f"checkpoint {check} in {self._directory} is damaged; an older one is used", stacklevel=3)
-            self._manager.delete(check)
-        return 0, template
-
-    def _digest_file(self, check: int) -> Path:
-        return self._directory / "digests" / f"{check}.sha256"
-
-    def _digest_of_files(self, check: int) -> str:
-        """SHA-256 of the names and the contents of the files of a checkpoint."""
-        digest, folder = hashlib.sha256(), self._directory / "steps" / str(check)
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            content = file.read_bytes()
-            digest.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
-        return digest.hexdigest()
-
-    def close(self) -> None:
-        self._manager.close()
-
-
-def _fill(template: Any, leaves: list[np.ndarray]) -> Any:
-    old, treedef = jax.tree.flatten(template)
-    new = [
-        jax.random.wrap_key_data(jnp.asarray(leaf))
-        if jax.dtypes.issubdtype(was.dtype, jax.dtypes.prng_key)
-        else (np.array(leaf) if isinstance(was, np.ndarray) else jnp.asarray(leaf))
-        for was, leaf in zip(old, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, new)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 160 else text[:160] + "…"

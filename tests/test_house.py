@@ -8,8 +8,8 @@ import pytest
 import probdiff
 
 ORDER = [
-    "types", "files", "datasets", "schedules", "families", "networks", "chains", "likelihood", "particles", "flow",
-    "training", "diagnostics", "plots",
+    "types", "files", "datasets", "streams", "schedules", "families", "networks", "chains",
+    "likelihood", "particles", "flow", "devices", "checkpoints", "training", "diagnostics", "plots",
     "derivation.statements", "derivation.ledger", "derivation.estimates", "derivation.pair", "derivation.gradient",
     "derivation.linear",
     "derivation.quadrature", "derivation.feller", "derivation.oracle", "derivation.evidence", "derivation.chain_rows",
