@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from probdiff.files import atomic_write, check_space
 from probdiff.streams import Stream
@@ -71,9 +72,16 @@ class Checkpoints:
                 file.write_text(json.dumps(configuration, indent=1))
         self._ocp = ocp
         self._directory = directory
+        (directory / "steps").mkdir(exist_ok=True)
         self._manager = ocp.CheckpointManager(
             directory / "steps",
-            options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, create=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2,
+                create=False,
+                enable_async_checkpointing=False,
+                # of several processes the first alone reads and writes
+                multiprocessing_options=ocp.options.MultiprocessingOptions(0, {0}, "probdiff"),
+            ),
         )
 
     def save(self, check: int, tree: Any) -> None:
@@ -112,6 +120,14 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def from_first_process(check: int, progress: Any) -> tuple[int, Any]:
+    """What the first of several processes has restored, in all of them."""
+    if jax.process_count() == 1:
+        return check, progress
+    found = multihost_utils.broadcast_one_to_all((np.asarray(check), _raw(progress)))
+    return int(found[0]), _fill(progress, found[1])
 
 
 def _fill(template: Any, leaves: list[np.ndarray]) -> Any:

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -37,6 +40,7 @@ _SCHEDULES: dict[str, Callable[[int], Any]] = {
 _DATA = "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file"
 _PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 20 for real data, 0 else]"
 _COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features with 100 rows for each, diagonal else]"
+_PROCESSES = "processes that share the fit, started here; 0: this is one of those that SLURM or Open MPI started"
 _EVALUATED = 500  # held-out rows in the DataTree
 _DRAWS = 200
 
@@ -61,18 +65,26 @@ def fit(
     patience: Annotated[int | None, typer.Option(help=_PATIENCE)] = None,
     num_chains: Annotated[int, typer.Option(help="independent fits")] = 2,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    processes: Annotated[int, typer.Option(help=_PROCESSES)] = 1,
 ) -> None:  # fmt: skip
     """Fit a diffusion, and leave a run folder with figures, a table and an ArviZ file."""
-    options = {name: value for name, value in locals().items() if name not in ("out", "resume")}
+    options = {name: value for name, value in locals().items() if name not in ("out", "resume", "processes")}
+    if processes != 1 and not jax.distributed.is_initialized():
+        if processes:
+            raise typer.Exit(_start_processes(processes))
+        jax.distributed.initialize()
+    first = jax.process_index() == 0
     run = Run(out or Path("runs") / Path(data).stem, options)
     d, data_split = run.prepare()
-    run.check_free(resume)
+    if first:
+        run.check_free(resume)
     train, patience_chosen = data_split.train, run.patience(data_split)
-    print(
-        f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
-        f"T = {num_timesteps}, {schedule}, {d.covariance} covariance, {num_chains} chain(s)",
-        flush=True,
-    )
+    if first:
+        print(
+            f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
+            f"T = {num_timesteps}, {schedule}, {d.covariance} covariance, {num_chains} chain(s)",
+            flush=True,
+        )
     start = time.perf_counter()
     fitted = fit_diffusion(
         d,
@@ -87,6 +99,10 @@ def fit(
         checkpoint_dir=run.folder / "checkpoints",
         resume=resume,
     )
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # the first process evaluates alone
+    if not first:
+        return
     fitted.save(run.folder / "fit.npz")
     options["held out"] = _digest(data_split.test)
     with atomic_write(run.folder / "run.json") as file:
@@ -281,6 +297,23 @@ class Run:
         print(f"Time: {fit_time}{evaluation:.0f} s to evaluate. Run folder: {self.folder}")
 
 
+def _start_processes(n: int) -> int:
+    """Runs this command in n processes of this machine, joined over loopback; the first exit code that is not 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    start = f"import sys, jax; jax.distributed.initialize({address!r}, {n}, int(sys.argv.pop(1)))"
+    start += "; from probdiff.cli import main; main()"
+    running = [subprocess.Popen([sys.executable, "-c", start, str(i), *sys.argv[1:]]) for i in range(n)]
+    try:
+        while all(process.poll() in (None, 0) for process in running) and any(p.poll() is None for p in running):
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.kill()
+    return next((code for code in (process.wait() for process in running) if code), 0)
+
+
 def _digest(x: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
 
@@ -302,4 +335,7 @@ def main() -> None:
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
         print(f"probdiff: {' '.join(str(error).split())}", file=sys.stderr)
         code = 1
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # not waiting for the other processes, which wait for this one
     sys.exit(code)

@@ -45,29 +45,21 @@ def constrain(tree: Any, mesh: Mesh | None, *axes: str) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _sharding(mesh, *axes))
 
 
-def each_chain(program: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`program(*one, *shared)` for each chain: `(all_chains, *shared)` -> results, all with a leading axis of chains.
+def each_chain(program: Callable[..., Any], mesh: Mesh | None) -> Callable[[Any], Any]:
+    """`program(one)` for each chain: all chains to all results, both with a leading axis of chains.
 
-    A matrix product with a leading axis of chains has half the speed of one without on a CPU: chains are taken one
-    after the other there, and side by side elsewhere.
+    A matrix product with a leading axis of chains runs at half the speed of one without on a CPU. So chains are taken
+    one after the other there, and side by side on a GPU and where the mesh has devices for them.
     """
 
-    def run(chains: Any, *shared: Any) -> Any:
-        one = lambda args: program(*args, *shared)  # noqa: E731
+    def run(chains: Any) -> Any:
+        if mesh is not None and mesh.shape.get("chain", 1) > 1:
+            return jax.vmap(program, spmd_axis_name="chain")(chains)
         if len(jax.tree.leaves(chains)[0]) == 1:
-            return jax.tree.map(lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], chains)))
-        return jax.lax.map(one, chains) if jax.default_backend() == "cpu" else jax.vmap(one)(chains)
+            return jax.tree.map(lambda leaf: leaf[None], program(jax.tree.map(lambda leaf: leaf[0], chains)))
+        return jax.lax.map(program, chains) if jax.default_backend() == "cpu" else jax.vmap(program)(chains)
 
-    if mesh is None or mesh.shape.get("chain", 1) == 1:
-        return run
-    return lambda chains, *shared: jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(P("chain"), *[P()] * len(shared)),
-        out_specs=P("chain"),
-        axis_names={"chain"},
-        check_vma=False,
-    )(chains, *shared)
+    return run
 
 
 def place(tree: Any, mesh: Mesh | None, *axes: str) -> Any:
@@ -77,12 +69,13 @@ def place(tree: Any, mesh: Mesh | None, *axes: str) -> Any:
     return jax.jit(lambda tree: tree, out_shardings=_sharding(mesh, *axes))(tree)
 
 
-def place_rows(x: np.ndarray, mesh: Mesh | None) -> jax.Array:
-    """Puts rows of data on the mesh, each device its share; zeros at the end make the shares equal."""
+def place_rows(x: np.ndarray, mesh: Mesh | None, size: int) -> jax.Array:
+    """Puts rows of data on the mesh, each device its share; zeros at the end make it `size` rows, and shares equal."""
+    share = 1 if mesh is None else mesh.shape.get("data", 1)
+    missing = -(-size // share) * share - len(x)
+    x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) if missing else x
     if mesh is None:
         return jax.numpy.asarray(x)
-    missing = -len(x) % mesh.shape.get("data", 1)
-    x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) if missing else x
     return jax.make_array_from_callback(x.shape, _sharding(mesh, "data"), lambda index: x[index])
 
 

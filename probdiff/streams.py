@@ -12,6 +12,7 @@ import numpy as np
 from probdiff.datasets import check_data, frame_numbers
 
 _BUFFER_BYTES = 2**28
+_MOMENT_ROWS = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,22 +33,30 @@ class Stream:
         return len(self.starts) - 1
 
     def __getitem__(self, i: int) -> np.ndarray:
-        if self.columns is None:  # opened anew each time, so that pages that were read can go
-            block = np.load(self.path, mmap_mode="r", allow_pickle=False)[self.starts[i] : self.starts[i + 1]]
-        else:
-            import pyarrow.parquet as parquet
+        return ((self._read(i, i + 1) - self.loc) / self.scale).astype(jnp.result_type(float))
 
-            group = parquet.ParquetFile(self.path).read_row_group(i, columns=list(self.columns))
-            block = frame_numbers(group.to_pandas(), str(self.path))
-        return ((block - self.loc) / self.scale).astype(jnp.result_type(float))
+    def _read(self, first: int, last: int) -> np.ndarray:
+        """The rows of the blocks from `first` to before `last`, as they are in the file."""
+        if self.columns is None:  # opened anew each time, so that pages that were read can go
+            return np.load(self.path, mmap_mode="r", allow_pickle=False)[self.starts[first] : self.starts[last]]
+        import pyarrow.parquet as parquet
+
+        groups = parquet.ParquetFile(self.path).read_row_groups(range(first, last), columns=list(self.columns))
+        return frame_numbers(groups.to_pandas(), str(self.path))
+
+    @property
+    def _block_rows(self) -> int:
+        return int(np.diff(self.starts).max())
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each feature, in one pass. Raises `ValueError` for entries not finite."""
         from sklearn.preprocessing import StandardScaler
 
         scaler = StandardScaler()
-        for i in range(len(self)):
-            rows = check_data(self[i], self.shape[1:], f"{self.path}, rows from {self.starts[i]}")
+        step = max(1, _MOMENT_ROWS // self._block_rows)
+        for i in range(0, len(self), step):
+            rows = self._read(i, min(i + step, len(self)))
+            rows = check_data(rows, self.shape[1:], f"{self.path} from row {self.starts[i]}")
             scaler.partial_fit(rows.reshape(len(rows), -1))
         constant = np.flatnonzero(scaler.var_ == 0)
         if constant.size:
@@ -58,16 +67,19 @@ class Stream:
         """The stream of (x − loc)/scale."""
         return replace(self, loc=loc, scale=scale)
 
-    def buffers(self, num_rows: int, first: int = 0) -> Iterator[np.ndarray]:
-        """Without end, buffers of about `num_rows` rows from blocks in shuffled order, each block once in each pass.
+    def buffer_rows(self, num_rows: int) -> int:
+        """The rows of the whole blocks nearest to `num_rows`: at most the file, and 256 MiB or one block."""
+        most = min(num_rows, _BUFFER_BYTES // (4 * math.prod(self.shape[1:])))
+        return self._block_rows * max(1, min(round(most / self._block_rows), len(self)))
 
-        At most 256 MiB to a buffer, or one block. Two buffers are read ahead by a thread. `first` leaves out as many.
+    def buffers(self, num_rows: int, first: int = 0) -> Iterator[np.ndarray]:
+        """Without end, buffers of at most `buffer_rows` from blocks in shuffled order, each block once in each pass.
+
+        Two buffers are read ahead by a thread. `first` leaves out as many.
         """
         import grain
 
-        block_rows = int(np.diff(self.starts).max())
-        most = min(num_rows, _BUFFER_BYTES // (4 * math.prod(self.shape[1:])))
-        num_blocks = max(1, min(round(most / block_rows), len(self)))
+        num_blocks = self.buffer_rows(num_rows) // self._block_rows
         blocks = grain.MapDataset.source(self).shuffle(seed=0).repeat()
         buffers = blocks.batch(num_blocks, drop_remainder=True, batch_fn=np.concatenate)[first:]
         yield from buffers.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from probdiff import devices, likelihood
 from probdiff.chains import GaussianDiffusion
-from probdiff.checkpoints import Checkpoints, configuration
+from probdiff.checkpoints import Checkpoints, configuration, from_first_process
 from probdiff.streams import Stream
 from probdiff.types import Data, Key, Params
 
@@ -127,8 +127,8 @@ def run_steps(
     Returns the state, its params, their moving average where one is given, and the losses (C, check_every).
     """
 
-    def one_chain(state: Any, average: Params | None, batch_key: Key, x: Data, span: tuple[int, int, int]) -> Any:
-        start, stop, num_rows = span
+    def one_chain(one: tuple[Any, Params | None, Key]) -> tuple[Any, Params, Params | None, Any]:
+        state, average, batch_key = one
 
         def step(i: Any, carry: Any) -> Any:
             state, average, losses = carry
@@ -144,7 +144,7 @@ def run_steps(
         state, average, losses = jax.lax.fori_loop(start, stop, step, (state, average, losses))
         return state, svi.get_params(state), average, losses
 
-    return devices.each_chain(one_chain, mesh)((state, average, batch_keys), x, (start, stop, num_rows))
+    return devices.each_chain(one_chain, mesh)((state, average, batch_keys))
 
 
 def train(
@@ -188,11 +188,18 @@ def train(
     }
     first_check, checkpoints = 0, None
     if checkpoint_dir is not None:
-        checkpoints = Checkpoints(
-            Path(checkpoint_dir), configuration(asdict(settings), d, x, validation, rng_key, state), resume
-        )
-        first_check, progress = checkpoints.restore(progress)
-    bar = tqdm(total=settings.num_steps, disable=None if progress_bar else True, unit="step", desc="fit")
+        if jax.process_index() == 0:
+            checkpoints = Checkpoints(
+                Path(checkpoint_dir), configuration(asdict(settings), d, x, validation, rng_key, state), resume
+            )
+            first_check, progress = checkpoints.restore(progress)
+        first_check, progress = from_first_process(first_check, progress)
+    bar = tqdm(
+        total=settings.num_steps,
+        disable=None if progress_bar and jax.process_index() == 0 else True,
+        unit="step",
+        desc="fit",
+    )
     bar.update(min(first_check * settings.check_every, settings.num_steps))
     state, average = devices.place((progress["state"], progress["average"]), mesh, "chain")
     batch_keys = devices.place(batch_keys, mesh, "chain")
@@ -210,7 +217,7 @@ def train(
         _check_finite(losses, start)
         progress["losses"][:, start:stop] = losses
         if validation is None:
-            progress["best"] = params
+            progress["best"] = devices.fetch(params, mesh)
         else:
             checked = devices.fetch(average, mesh)
             elbo = [
@@ -224,10 +231,10 @@ def train(
             best = np.fmax.reduce(progress["validation"], axis=1, initial=-np.inf)
             progress["validation"][:, check] = elbo
             progress["best"] = _choose(elbo > best, checked, progress["best"])
-        if checkpoints is not None:
+        if checkpoint_dir is not None:
             progress["state"], progress["average"] = devices.fetch((state, average), mesh)
-            progress["best"] = devices.fetch(progress["best"], mesh)
-            checkpoints.save(check + 1, progress)
+            if checkpoints is not None:
+                checkpoints.save(check + 1, progress)
         bar.set_postfix_str(f"loss {losses.mean():.4f} nats per datum", refresh=False)
         bar.update(stop - start)
     bar.close()
@@ -236,7 +243,7 @@ def train(
     steps_taken = int(np.isfinite(progress["losses"][0]).sum())
     checks_made = math.ceil(steps_taken / settings.check_every)
     return Trained(
-        devices.fetch(progress["best"], mesh),
+        progress["best"],
         progress["losses"][:, :steps_taken],
         progress["validation"][:, : checks_made if validation is not None else 0],
     )
@@ -247,10 +254,11 @@ def _buffers(
 ) -> Iterator[tuple[jax.Array, int]]:
     """The rows that each stretch of steps draws from, on the mesh, and how many of them are data."""
     if isinstance(x, Stream):
-        for rows in x.buffers(settings.batch_size * settings.check_every, first_check):
-            yield devices.place_rows(rows, mesh), len(rows)
+        wanted = settings.batch_size * settings.check_every
+        for rows in x.buffers(wanted, first_check):
+            yield devices.place_rows(rows, mesh, x.buffer_rows(wanted)), len(rows)
     else:
-        whole = devices.place_rows(np.asarray(x), mesh)
+        whole = devices.place_rows(np.asarray(x), mesh, len(x))
         while True:
             yield whole, len(x)
 
