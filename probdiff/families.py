@@ -89,27 +89,25 @@ class Gaussian:
         batch_shape = outputs.shape[:-1]
         shrink, std = noise.marginal(t)
         of_x_0, of_x_t, _ = noise.posterior(t)
-        x_0_hat = self.predicted(x_t, outputs, shrink, std)
-        f_mu = self._wide(of_x_0) * x_0_hat + self._wide(of_x_t) * x_t
+        # at the predicted x_0, in two products and not four
+        f_mu = self._wide(of_x_0 * shrink + of_x_t) * x_t + self._wide(of_x_0 * std) * self._direction(outputs)
         _, step_std = noise.step(t)
         if self.covariance == "fixed":
             return self._isotropic(f_mu, step_std)
-        rho = jnp.asarray(noise.noise_kept(t))[..., None]
+        step_std, rho = jnp.asarray(step_std)[..., None], jnp.asarray(noise.noise_kept(t))[..., None]
         # bounded, so that no step of an optimiser can make the diagonal overflow or vanish
         log_diagonal = 8 * jnp.tanh(outputs[..., size : 2 * size] / 8)
-        diagonal = jnp.sqrt(rho + (1 - rho) * jnp.exp(2 * log_diagonal))
-        scale = jnp.asarray(step_std)[..., None] * diagonal
+        scale = jnp.sqrt(step_std**2 * rho + (step_std**2 * (1 - rho)) * jnp.exp(2 * log_diagonal))
         if self.covariance == "diagonal":
             return dist.Normal(f_mu, scale.reshape(batch_shape + self.event_shape)).to_event(len(self.event_shape))
         rows, columns = jnp.tril_indices(size, -1)
-        below = (jnp.asarray(step_std)[..., None] * (1 - rho)) * outputs[..., 2 * size :]
+        below = (step_std * (1 - rho)) * outputs[..., 2 * size :]
         scale_tril = scale[..., None] * jnp.eye(size)
         return dist.MultivariateNormal(f_mu, scale_tril=scale_tril.at[..., rows, columns].set(below))
 
     def predicted(self, x_t: Event, outputs: Float[Array, "*batch P"], shrink: Array, std: Array) -> Event:
         """x̂_0 = √ᾱ_t·x_t + √(1−ᾱ_t)·a, for `shrink` √ᾱ_t and `std` √(1−ᾱ_t), a the first D outputs."""
-        direction = outputs[..., : math.prod(self.event_shape)].reshape(outputs.shape[:-1] + self.event_shape)
-        return self._wide(shrink) * x_t + self._wide(std) * direction
+        return self._wide(shrink) * x_t + self._wide(std) * self._direction(outputs)
 
     def tilted(self, p: dist.Distribution, twist: Twist) -> tuple[dist.Distribution, Float[Array, "*batch"]]:
         """p(x)·ψ(x)/∫p·ψ, over x as a vector, and log ∫ p(x)·ψ(x) dx, for a `kernel` or a `prior` p: again a Gaussian.
@@ -139,6 +137,9 @@ class Gaussian:
         tril = jnp.linalg.qr(F.mT, mode="r").mT  # not the Cholesky factor of F·Fᵀ, which rounding can make singular
         tril = tril * jnp.where(jnp.diagonal(tril, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[..., None, :]
         return dist.MultivariateNormal(loc + std * mean, scale_tril=std * tril), twist.constant + log_mass
+
+    def _direction(self, outputs: Float[Array, "*batch P"]) -> Event:
+        return outputs[..., : math.prod(self.event_shape)].reshape(outputs.shape[:-1] + self.event_shape)
 
     def _isotropic(self, loc: Event, std: Float[Array, "..."]) -> dist.Distribution:
         # the same class for all five, so that KL divergences between them are closed forms

@@ -26,12 +26,12 @@ def diffusion(D, width, depth, T):
 def by_hand(params):
     """The params of the package as those of `bare`."""
     network, beta = params["network$params"], params["beta"]
-    layer = lambda linear: (linear.weight.T, linear.bias)  # noqa: E731
+    layer = lambda linear: (linear.weight, linear.bias)  # noqa: E731
     return {
         "network": {
             "first": layer(network.first),
             "blocks": [layer(block) for block in network.blocks],
-            "shifts": [shift.weight.T for shift in network.shifts],
+            "shifts": [shift.weight for shift in network.shifts],
             "last": layer(network.last),
         },
         "logits": jnp.log(beta) - jnp.log1p(-beta),
