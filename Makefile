@@ -1,4 +1,4 @@
-.PHONY: test lint types notebooks ci
+.PHONY: test lint types notebooks bench ci
 
 test:
 	.venv/bin/pytest
@@ -12,6 +12,10 @@ types:
 
 notebooks:
 	.venv/bin/pytest --nbmake notebooks -o addopts= -o filterwarnings=default
+
+bench:
+	for name in overhead peers naive growth variance evaluation quality streaming; do \
+		.venv/bin/python -m tests.benchmarks.$$name || exit 1; done
 
 ci:
 	.ci/run

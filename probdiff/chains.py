@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions.kl import kl_divergence
@@ -143,37 +143,47 @@ class GaussianDiffusion:
                 x_t = numpyro.sample(f"x_{t - 1}", kernel(x_t, t), obs=x_0 if t == 1 else None)
         return x_t
 
-    def forward_at_time(self, x_0: Event, *, subsample_size: int | None = None) -> None:
+    def forward_at_time(
+        self, x_0: Event, *, time_probs: Float[Array, " T"] | None = None, subsample_size: int | None = None
+    ) -> None:
         """The guide of `reverse_at_time`: sites u, x_t, x_prev and x_T."""
         q, T = self.family, self.num_timesteps
         noise = self.schedule()
         plate, x_0 = self._data(x_0, subsample_size)
-        t = self._draw_t(x_0)
+        t, scale = self._draw_t(x_0, time_probs)
         with plate:
             with handlers.mask(mask=False):
                 x_t = numpyro.sample("x_t", q.marginal(x_0, noise, t))
             if T > 1:
-                with handlers.scale(scale=T), handlers.mask(mask=t > 1):
+                with handlers.scale(scale=scale), handlers.mask(mask=t > 1):
                     numpyro.sample("x_prev", q.posterior(x_t, x_0, noise, jnp.maximum(t, 2)))
             numpyro.sample(f"x_{T}", q.marginal(x_0, noise, T))
 
-    def reverse_at_time(self, x_0: Event, *, subsample_size: int | None = None, dropout: bool = False) -> None:
-        """One t per datum, uniform on 1…T, its term of the ELBO scaled by T: an unbiased estimate of N17.
+    def reverse_at_time(
+        self,
+        x_0: Event,
+        *,
+        time_probs: Float[Array, " T"] | None = None,
+        subsample_size: int | None = None,
+        dropout: bool = False,
+    ) -> None:
+        """One t per datum, with probability π_t, its term of the ELBO scaled by 1/π_t: an unbiased estimate of N17.
 
-        K = E_t[ T·(log p(x_0 given x_1) where t = 1, else −KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t))) ]
-        − KL(q(x_T given x_0) ‖ p(x_T)). The t of a batch are evenly spread: one uniform draw u shifts a grid.
+        K = E_t[ (log p(x_0 given x_1) where t = 1, else −KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t))) / π_t ]
+        − KL(q(x_T given x_0) ‖ p(x_T)). π is `time_probs` (T,), positive and of sum 1, the same in both programs, by
+        default uniform. The t of a batch are evenly spread: one uniform draw u shifts a grid.
         x_t is drawn from q(x_t given x_0) in both programs, so its density cancels and is masked out.
         Sites u, x_t, x_prev, x_0 and x_T, and the deterministic t.
         """
         p, T = self.family, self.num_timesteps
         noise, kernel = self.components(dropout)
         plate, x_0 = self._data(x_0, subsample_size)
-        t = self._draw_t(x_0)
+        t, scale = self._draw_t(x_0, time_probs)
         with plate:
             with handlers.mask(mask=False):
                 x_t = numpyro.sample("x_t", p.marginal(x_0, noise, t))
             p_of_x_t = kernel(x_t, t)
-            with handlers.scale(scale=T):
+            with handlers.scale(scale=scale):
                 if T > 1:
                     with handlers.mask(mask=t > 1):
                         numpyro.sample("x_prev", p_of_x_t)
@@ -215,12 +225,20 @@ class GaussianDiffusion:
         one = jnp.vectorize(lambda x, log_snr, key: network(x, log_snr, key=key), signature=f"{event},(),()->(p)")
         return lambda x, log_snr: one(x, log_snr, jax.random.split(dropout_key, self._batch_shape(x)))
 
-    def _draw_t(self, x_0: Event) -> Time:
-        batch_shape = self._batch_shape(x_0)
+    def _draw_t(self, x_0: Event, time_probs: Float[Array, " T"] | None) -> tuple[Time, Any]:
+        """One t per datum, and what its term is scaled by."""
+        T, batch_shape = self.num_timesteps, self._batch_shape(x_0)
+        if time_probs is not None and jnp.shape(time_probs) != (T,):
+            raise ValueError(f"time_probs has shape {jnp.shape(time_probs)}; this diffusion has {T} time steps")
         u = numpyro.sample("u", dist.Uniform(0.0, 1.0))
         grid = jnp.arange(math.prod(batch_shape)).reshape(batch_shape) / math.prod(batch_shape)
-        t = 1 + jnp.floor(self.num_timesteps * ((grid + u) % 1.0)).astype(int)
-        return numpyro.deterministic("t", jnp.minimum(t, self.num_timesteps))
+        quantile = (grid + u) % 1.0
+        if time_probs is None:
+            t = jnp.floor(T * quantile).astype(int)
+        else:
+            t = jnp.searchsorted(jnp.cumsum(time_probs), quantile, side="right", method="scan_unrolled")
+        t = numpyro.deterministic("t", jnp.minimum(1 + t, T))
+        return t, T if time_probs is None else 1 / jnp.asarray(time_probs)[t - 1]
 
     def _build(self, rng_key: Key) -> tuple[eqx.Module, eqx.Module]:
         recipe = self.network

@@ -16,9 +16,11 @@ from numpyro.distributions.kl import kl_divergence
 from scipy.special import logsumexp
 
 from probdiff.chains import GaussianDiffusion
-from probdiff.types import Data, Event, Key, Params
+from probdiff.schedules import NoiseLevels
+from probdiff.types import Data, Event, Key, Params, Time
 
 _ROWS = 2048  # rows of data to one compiled call
+_TERMS, _RANGES = 8192, 64
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,38 @@ class LogLikelihood:
         )
 
 
+def _term(
+    d: GaussianDiffusion, noise: NoiseLevels, kernel: Callable[[Event, Time], Any], x_0: Event, rng_key: Key, t: Time
+) -> Array:
+    """log p(x_0 given x_1) where t = 1, else KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t)); (N,)."""
+    q, T = d.family, d.num_timesteps
+    x_t = q.marginal(x_0, noise, t).sample(rng_key)
+    p = kernel(x_t, t)
+    kl = kl_divergence(q.posterior(x_t, x_0, noise, jnp.minimum(jnp.maximum(t, 2), T)), p)
+    return jnp.where(t == 1, p.log_prob(x_0), kl)
+
+
+def time_probs(d: GaussianDiffusion, params: Params, x: Data, num_rows: int, rng_key: Key) -> Float[Array, " T"]:
+    """π_t ∝ √E[L_t²], a tenth of it uniform: the importance weights of Nichol and Dhariwal 2021, eq. 18.
+
+    L_t is the term of the ELBO at t. Its mean square is taken over 8,192 of the first `num_rows` rows of x, each at one
+    t: for each t up to 64 of them, and for longer chains in 64 ranges of t, of one t at the start and wider later on.
+    """
+    T = d.num_timesteps
+    edges = np.unique(np.geomspace(1, T + 1, 65).round()) if T > _RANGES else np.arange(1, T + 2)
+    widths = np.diff(edges)
+    key_rows, key_t, key_x = jax.random.split(rng_key, 3)
+    at = jnp.arange(_TERMS) % len(widths)
+    t = jnp.asarray(edges)[at] + jnp.floor(jax.random.uniform(key_t, (_TERMS,)) * jnp.asarray(widths)[at])
+    x_0 = x[jax.random.randint(key_rows, (_TERMS,), 0, num_rows)]
+    terms = handlers.substitute(
+        lambda: _term(d, *d.components(), x_0, key_x, jnp.minimum(t.astype(int), T)), data=params
+    )()
+    squares = jnp.zeros(len(widths)).at[at].add(terms**2) / jnp.bincount(at, length=len(widths))
+    probs = jnp.repeat(jnp.sqrt(squares), widths.astype(int), total_repeat_length=T)
+    return 0.9 * probs / probs.sum() + 0.1 / T
+
+
 @partial(jax.jit, static_argnums=0)
 def _parts(d: GaussianDiffusion, params: Params, x_0: Event, rng_key: Key) -> tuple[Array, Array]:
     """KL of the prior (N,), and the terms t = 1…T, (T, N): log p(x_0 given x_1), then the KLs."""
@@ -102,14 +136,9 @@ def _parts(d: GaussianDiffusion, params: Params, x_0: Event, rng_key: Key) -> tu
     def program() -> tuple[Array, Array]:
         q, T = d.family, d.num_timesteps
         noise, kernel = d.components()
-
-        def term(rng_key: Key, t: Array) -> Array:
-            x_t = q.marginal(x_0, noise, t).sample(rng_key)
-            p = kernel(x_t, t)
-            kl = kl_divergence(q.posterior(x_t, x_0, noise, jnp.minimum(jnp.maximum(t, 2), T)), p)
-            return jnp.where(t == 1, p.log_prob(x_0), kl)
-
-        terms = jax.lax.map(lambda args: term(*args), (jax.random.split(rng_key, T), jnp.arange(1, T + 1)))
+        terms = jax.lax.map(
+            lambda args: _term(d, noise, kernel, x_0, *args), (jax.random.split(rng_key, T), jnp.arange(1, T + 1))
+        )
         return kl_divergence(q.marginal(x_0, noise, T), q.prior(x_0.shape[:1])), terms
 
     return handlers.substitute(program, data=params)()

@@ -38,7 +38,8 @@ class Dense(eqx.Module):
         self.weight, self.bias = linear.weight.T, linear.bias
 
     def __call__(self, x: Float[Array, " inputs"]) -> Float[Array, " outputs"]:
-        return x @ self.weight if self.bias is None else x @ self.weight + self.bias
+        y = x @ self.weight.astype(x.dtype)
+        return y if self.bias is None else y + self.bias.astype(x.dtype)
 
 
 class ResidualMLPModule(eqx.Module):
@@ -50,16 +51,18 @@ class ResidualMLPModule(eqx.Module):
     last: Dense
     dropout: eqx.nn.Dropout
     num_features: int = eqx.field(static=True)
+    dtype: str | None = eqx.field(static=True)
 
     def __call__(
         self, x_t: Float[Array, " *event"], log_snr: Float[Array, ""], *, key: Key | None = None
     ) -> Float[Array, " P"]:
         keys = [None] * (len(self.blocks) + 1) if key is None else list(jax.random.split(key, len(self.blocks) + 1))
-        embedding = embed_log_snr(log_snr, self.num_features)
-        h = self.first(jnp.ravel(x_t))
+        dtype = x_t.dtype if self.dtype is None else self.dtype
+        embedding = embed_log_snr(log_snr, self.num_features).astype(dtype)
+        h = self.first(jnp.ravel(x_t).astype(dtype))
         for block, shift, k in zip(self.blocks, self.shifts, keys[1:], strict=True):
             h = h + block(self.dropout(jax.nn.silu(h + shift(embedding)), key=k, inference=k is None))
-        return self.last(self.dropout(jax.nn.silu(h), key=keys[0], inference=key is None))
+        return self.last(self.dropout(jax.nn.silu(h), key=keys[0], inference=key is None)).astype(x_t.dtype)
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,15 @@ class ResidualMLP:
     """Recipe for a residual multilayer perceptron of `depth` blocks of `width` units.
 
     `dropout` is the share of the units that are left out, drawn anew for each datum, where a fit draws dropout.
-    Raises `ValueError` where width or depth is no integer of at least 1, or dropout not in [0, 1).
+    `dtype`, such as "bfloat16", is that of the units; params and outputs stay as they are, by default all are alike.
+    Raises `ValueError` where width or depth is no integer of at least 1, dropout not in [0, 1) or dtype no float's.
     """
 
     width: int = 128
     depth: int = 3
     num_features: int = 16
     dropout: float = 0.3
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "depth"):
@@ -82,6 +87,8 @@ class ResidualMLP:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
+        if self.dtype not in (None, "float16", "bfloat16", "float32", "float64"):
+            raise ValueError(f'dtype is {self.dtype!r}; it must be "bfloat16", "float16", "float32", "float64" or None')
 
     def build(self, rng_key: Key, event_shape: tuple[int, ...], num_outputs: int) -> ResidualMLPModule:
         """The initialised module for data of `event_shape`."""
@@ -90,4 +97,6 @@ class ResidualMLP:
         blocks = [Dense(self.width, self.width, key=next(keys)) for _ in range(self.depth)]
         shifts = [Dense(self.num_features + 1, self.width, use_bias=False, key=next(keys)) for _ in range(self.depth)]
         last = jax.tree.map(jnp.zeros_like, Dense(self.width, num_outputs, key=next(keys)))
-        return ResidualMLPModule(first, blocks, shifts, last, eqx.nn.Dropout(self.dropout), self.num_features)
+        return ResidualMLPModule(
+            first, blocks, shifts, last, eqx.nn.Dropout(self.dropout), self.num_features, self.dtype
+        )

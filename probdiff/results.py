@@ -40,6 +40,7 @@ def fit(
     batch_size: int | None = None,
     num_chains: int = 1,
     objective: training.Objective = "at_time",
+    times: training.Times = "weighted",
     learning_rate: float = 2e-3,
     gradient_clip: float = 1.0,
     check_every: int | None = None,
@@ -101,6 +102,7 @@ def fit(
         check_every if check_every is not None else 500 if held_out is None else 100,
         patience,
         few if dropout is None else dropout,
+        times,
     )
     trained = training.train(
         d,

@@ -209,7 +209,9 @@ class LearnedBetas:
         object.__setattr__(self, "initial", beta)
 
     def __call__(self) -> NoiseLevels:
-        return from_beta(numpyro.param("beta", jnp.asarray(self.initial), constraint=constraints.unit_interval))
+        # with its dtype: JAX knows a constant by identity, in the precision of the program that had it first
+        initial = jnp.asarray(self.initial, jnp.result_type(float))
+        return from_beta(numpyro.param("beta", initial, constraint=constraints.unit_interval))
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ from probdiff.streams import Stream
 from probdiff.types import Data, Key, Params
 
 Objective = Literal["at_time", "mean_field", "trace"]
+Times = Literal["even", "weighted"]
 _AVERAGING = 0.01  # weight of the newest params in their moving average
 _SCHEDULE_RATE = 10.0  # logits of β_t travel by several units, weights of a network by tenths
 
@@ -35,6 +36,7 @@ class Settings:
     """How a chain is fitted.
 
     `objective`: "at_time" (one t per datum), "mean_field" (all t, closed-form KLs) or "trace" (all t, N17 as it is).
+    `times`, of "at_time": "even", all t alike, or "weighted", by `likelihood.time_probs`, anew at every check.
     The learning rate falls from `learning_rate`, and from ten times that for the schedule's params, to zero along a
     cosine over `num_steps`; `gradient_clip` bounds the global norm of the gradient of the loss per datum. Progress,
     validation and checkpoints come every `check_every` steps. With `patience`, fitting stops when no chain's
@@ -51,6 +53,7 @@ class Settings:
     check_every: int = 500
     patience: int | None = None
     dropout: bool = False
+    times: Times = "even"
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "num_chains", "check_every", "patience"):
@@ -64,8 +67,9 @@ class Settings:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
             object.__setattr__(self, name, float(getattr(self, name)))
-        if self.objective not in get_args(Objective):
-            raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(get_args(Objective))}")
+        for name, kinds in (("objective", Objective), ("times", Times)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kinds))}")
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,9 @@ def start_state(svi: SVI, x: Data, rng_keys: Key) -> tuple[Any, Params]:
     return state, svi.get_params(state)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def run_steps(
+    d: GaussianDiffusion,
     svi: SVI,
     settings: Settings,
     mesh: Mesh | None,
@@ -129,11 +134,15 @@ def run_steps(
 
     def one_chain(one: tuple[Any, Params | None, Key]) -> tuple[Any, Params, Params | None, Any]:
         state, average, batch_key = one
+        options = {}
+        if settings.objective == "at_time" and settings.times == "weighted":
+            key_probs = jax.random.fold_in(jax.random.fold_in(batch_key, start), settings.batch_size)
+            options["time_probs"] = likelihood.time_probs(d, svi.get_params(state), x, num_rows, key_probs)
 
         def step(i: Any, carry: Any) -> Any:
             state, average, losses = carry
             rows = jax.random.randint(jax.random.fold_in(batch_key, i), (settings.batch_size,), 0, num_rows)
-            state, loss = svi.update(state, devices.constrain(x[rows], mesh, "data"))
+            state, loss = svi.update(state, devices.constrain(x[rows], mesh, "data"), **options)
             state = devices.constrain(state, mesh)
             if average is not None:
                 weight = jnp.maximum(_AVERAGING, 1 / (1 + i))  # a plain mean until there is enough to average
@@ -211,7 +220,7 @@ def train(
         stop = min(start + settings.check_every, settings.num_steps)
         rows, num_rows = next(buffers)
         state, params, average, losses = run_steps(
-            svi, settings, mesh, state, average, rows, num_rows, batch_keys, start, stop
+            d, svi, settings, mesh, state, average, rows, num_rows, batch_keys, start, stop
         )
         losses = np.asarray(devices.fetch(losses, mesh))[:, : stop - start]
         _check_finite(losses, start)

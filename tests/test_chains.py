@@ -124,6 +124,12 @@ PAIRS = {
     "stacked trace": lambda d: (d.reverse, d.forward_posterior, Trace_ELBO(), {"stacked": True}),
     "stacked mean field": lambda d: (d.reverse, d.forward_posterior, TraceMeanField_ELBO(), {"stacked": True}),
     "at time, mean field": lambda d: (d.reverse_at_time, d.forward_at_time, TraceMeanField_ELBO(), {}),
+    "at time, weighted": lambda d: (
+        d.reverse_at_time,
+        d.forward_at_time,
+        TraceMeanField_ELBO(),
+        {"time_probs": jnp.array([0.15, 0.3, 0.1, 0.25, 0.2])},
+    ),
     "at time, trace": lambda d: (d.reverse_at_time, d.forward_at_time, Trace_ELBO(), {}),
 }
 
@@ -167,6 +173,15 @@ def test_each_t_is_drawn_evenly_over_a_batch():
     )
     counts = np.bincount(np.asarray(draws(jnp.arange(4000))).ravel(), minlength=9)[1:]
     assert scipy.stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_each_t_is_drawn_with_its_probability():
+    d, probs = mlp_diffusion(schedule=schedules.cosine(4)), jnp.array([0.5, 0.125, 0.25, 0.125])
+    program = partial(d.reverse_at_time, jnp.zeros((32, 2)), time_probs=probs)
+    t = handlers.trace(handlers.seed(program, 3)).get_trace()["t"]["value"]
+    np.testing.assert_array_equal(np.bincount(t, minlength=5)[1:], [16, 4, 8, 4])
+    with pytest.raises(ValueError, match=r"time_probs has shape \(3,\); this diffusion has 4 time steps"):
+        handlers.seed(d.forward_at_time, 0)(jnp.zeros((2, 2)), time_probs=probs[:3])
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -455,3 +470,18 @@ def test_dropout_is_drawn_for_each_datum_and_only_where_asked_for():
 def test_bad_dropout_is_refused(dropout):
     with pytest.raises(ValueError, match="dropout is"):
         networks.ResidualMLP(dropout=dropout)
+
+
+def test_units_of_half_precision_leave_params_and_outputs_alone():
+    module = networks.ResidualMLP(32, 2).build(jax.random.key(0), (2,), 4)
+    module = jax.tree.map(lambda leaf: leaf + 0.1, module)
+    half = networks.ResidualMLP(32, 2, dtype="bfloat16").build(jax.random.key(0), (2,), 4)
+    half = jax.tree.map(lambda _, leaf: leaf, half, module)
+    x, log_snr = jnp.array([0.3, -1.2]), jnp.array(1.0)
+    assert half(x, log_snr).dtype == x.dtype == jnp.float32
+    np.testing.assert_allclose(half(x, log_snr), module(x, log_snr), rtol=0.03)
+    assert not np.array_equal(half(x, log_snr), module(x, log_snr))
+    gradient = jax.grad(lambda network: network(x, log_snr).sum())(half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        networks.ResidualMLP(dtype="int8")

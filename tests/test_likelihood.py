@@ -71,3 +71,25 @@ def test_az_compare_reads_the_values_and_the_errors_of_their_differences():
     assert table.loc["better", "se"] == pytest.approx(500 * bounds["better"].standard_error)
     with pytest.raises(ValueError, match=r"values has shape \(2, 500\); az.compare wants one chain"):
         likelihood.LogLikelihood(np.zeros((2, 500)), np.zeros((2, 500)), "lower bound").elpd  # noqa: B018
+
+
+def test_time_probs_follow_the_root_mean_square_of_the_terms():
+    d, x = linear_diffusion("full"), np.random.default_rng(0).normal(size=(400, 2))
+    params = random_linear(d)
+    found = likelihood.time_probs(d, params, jnp.asarray(x), len(x), jax.random.key(0))
+    key_rows, key_x = jax.random.split(jax.random.key(1))
+    rows = jax.random.randint(key_rows, (20_000,), 0, len(x))
+    _, terms = likelihood._parts(d, params, jnp.asarray(x)[rows], key_x)
+    root = np.sqrt(np.mean(np.square(terms), axis=1))
+    # 8,192 / 5 draws for each t: within a tenth
+    np.testing.assert_allclose(found, 0.9 * root / root.sum() + 0.1 / 5, rtol=0.1)
+
+
+def test_time_probs_of_a_long_chain_are_those_of_ranges_of_times():
+    d = linear_diffusion("diagonal", schedule=schedules.cosine(1000))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(400, 2)))
+    found = np.asarray(likelihood.time_probs(d, random_linear(d), x, len(x), jax.random.key(0)))
+    assert found.shape == (1000,)
+    assert found.sum() == pytest.approx(1, rel=1e-5)
+    assert found.min() >= 0.1 / 1000
+    assert 30 < len(np.unique(found)) <= 64

@@ -55,6 +55,32 @@ def test_shapes_of_one_chain_and_of_several(fitted, single, x):
     assert single.log_likelihood(x[:9], rng_key=KEY).values.shape == (9,)
 
 
+def test_a_second_evaluation_with_new_data_compiles_nothing(single, x, caplog):
+    def evaluate(seed, n):
+        key = jax.random.key(seed)
+        rows = x[seed : seed + n]
+        single.log_likelihood(rows, rng_key=key)
+        single.elbo_parts(rows, rng_key=key)
+        single.sample(key, n)
+
+    def compilations():
+        return sum("Compiling" in record.message for record in caplog.records)
+
+    with jax.log_compiles():
+        evaluate(0, 120)
+        assert compilations() > 0
+        caplog.clear()
+        evaluate(1, 120)
+        evaluate(2, 100)  # padded to the same size
+        assert compilations() == 0
+
+
+def test_the_times_of_a_fit_are_weighted_unless_told_otherwise(x):
+    weighted, even = (small(num_steps=20, check_every=20, **options)(x) for options in ({}, {"times": "even"}))
+    assert not np.array_equal(weighted.losses, even.losses)
+    np.testing.assert_array_equal(weighted.losses, small(num_steps=20, check_every=20, times="weighted")(x).losses)
+
+
 def test_everything_is_in_the_units_of_the_data(single, x):
     """The same data in other units: densities change by the log-determinant, draws by the affine map."""
     other = small()(LOC + SCALE * x)

@@ -208,6 +208,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"objective": "elbo"}, "objective is 'elbo'; it must be one of at_time, mean_field, trace"),
         ({"patience": 0}, "patience is 0"),
+        ({"times": "odd"}, "times is 'odd'; it must be one of even, weighted"),
     ],
 )
 def test_bad_settings_are_refused(options, words):

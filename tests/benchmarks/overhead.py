@@ -61,7 +61,7 @@ def programs(D, width, depth, T, steps=STEPS, batch=BATCH):
     opt_state = bare.optimizer(20_000).init(hand)
 
     def package():
-        return jax.block_until_ready(training.run_steps(svi, settings, None, state, None, x, len(x), keys, 0, steps))
+        return jax.block_until_ready(training.run_steps(d, svi, settings, None, state, None, x, len(x), keys, 0, steps))
 
     def plain():
         return jax.block_until_ready(

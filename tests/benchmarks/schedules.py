@@ -76,7 +76,7 @@ def fit_one(data, schedule, covariance, rate, num_steps, num_chains, x):
     d = probdiff.GaussianDiffusion((2,), schedule, networks.ResidualMLP(128, 3), covariance)
     return probdiff.fit(
         d, x, rng_key=jax.random.key(1), num_steps=num_steps, num_chains=num_chains, learning_rate=rate,
-        progress_bar=False, check_every=1000,
+        progress_bar=False, check_every=1000, times="even",
     )  # fmt: skip
 
 

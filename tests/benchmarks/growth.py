@@ -1,0 +1,91 @@
+"""How a step of `probdiff.fit` grows with T: its time, the time to compile it, and its memory.
+
+    python -m tests.benchmarks.growth
+
+At-time objective as `fit` has it (weighted times), learned β_t, 3×128, D = 2, diagonal covariance, batch 512. Each
+repetition compiles anew, after all caches were cleared. Memory is XLA's own account of the compiled program: arguments,
+results and temporaries.
+`import` is that of the package beyond JAX's, `first step` that of a process from its start to the end of one step.
+"""
+
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff import training
+from tests.benchmarks.overhead import diffusion
+from tests.benchmarks.timing import alternate, report, spread
+
+TIMES, STEPS = (10, 100, 1000, 10_000), 500
+
+FIRST = """
+import time; start = time.perf_counter()
+import jax, jax.numpy
+jax_done = time.perf_counter()
+import probdiff
+done = time.perf_counter()
+import numpy as np
+from probdiff import networks, schedules
+d = probdiff.GaussianDiffusion((2,), schedules.LearnedBetas({T}), networks.ResidualMLP())
+x = np.random.default_rng(0).normal(size=(20_000, 2))
+probdiff.fit(d, x, rng_key=jax.random.key(0), num_steps=1, progress_bar=False)
+print(jax_done - start, done - jax_done, time.perf_counter() - start)
+"""
+
+
+def program(T, times="weighted"):
+    """A chunk of steps as a lowered program, and its arguments."""
+    d, x = diffusion(2, 128, 3, T), jnp.asarray(np.random.default_rng(0).normal(size=(20_000, 2)), jnp.float32)
+    settings = training.Settings(20_000, 512, 1, check_every=STEPS, times=times)
+    svi, keys = training.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
+    state, _ = training.start_state(svi, x[:512], keys)
+    static = (d, svi, settings, None)
+    return training.run_steps, static, (state, None, x, len(x), keys, 0, STEPS)
+
+
+def main():
+    compiled, seconds_to_compile = {}, {T: [] for T in TIMES}
+    for _ in range(5):
+        for T in TIMES:
+            jax.clear_caches()
+            run, static, arguments = program(T)
+            start = time.perf_counter()
+            compiled[T] = (run.lower(*static, *arguments).compile(), arguments)
+            seconds_to_compile[T].append(time.perf_counter() - start)
+    steps = {T: (lambda c=c, a=a: jax.block_until_ready(c(*a))) for T, (c, a) in compiled.items()}
+    run, static, arguments = program(10, "even")
+    even = run.lower(*static, *arguments).compile()
+    steps["even"] = lambda: jax.block_until_ready(even(*arguments))
+    seconds = alternate(steps, 7)
+    rows = []
+    for T in TIMES:
+        memory = compiled[T][0].memory_analysis()
+        size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        rows.append({
+            "T": T,
+            "ms a step": spread(1e3 * seconds[T] / STEPS),
+            "over T = 10": spread(seconds[T] / seconds[10]),
+            "compile, s": spread(np.array(seconds_to_compile[T])),
+            "compile over T = 10": spread(np.array(seconds_to_compile[T]) / seconds_to_compile[10]),
+            "memory, MiB": round(size / 2**20, 2),
+        })  # fmt: skip
+        rows[-1]["memory over T = 10"] = round(rows[-1]["memory, MiB"] / rows[0]["memory, MiB"], 3)
+    print(f"weighted times over even ones, T = 10: {spread(seconds[10] / seconds['even'])}")
+    for T in (40, 1000):
+        found = [
+            [float(s) for s in subprocess.run(
+                [sys.executable, "-c", FIRST.format(T=T)], check=True, capture_output=True, text=True
+            ).stdout.split()] for _ in range(5)
+        ]  # fmt: skip
+        of_jax, of_package, first = np.array(found).T
+        print(f"T = {T}: import jax {spread(of_jax)} s, import probdiff beyond it {spread(of_package)} s, "
+              f"first step {spread(first)} s")  # fmt: skip
+    report(__file__, rows)
+
+
+if __name__ == "__main__":
+    main()
