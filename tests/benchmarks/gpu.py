@@ -5,11 +5,12 @@
 
 First the loss and its gradient are worked out on the CPU and on the GPU at the same params, data and draws, with
 products in full float32, and must agree to 1e-4 relative; with TF32 products the difference is printed. Then `fit`'s
-own compiled loop runs, at-time objective, learned β_t of T = 1000, D = 64, diagonal covariance, params and β_t in float32:
-networks from 3×128 to 8×4096, batches from 512 to 262,144, products in float32, TF32 or bfloat16. A step takes 6 flops
-for each weight and datum; `share` is of the rate measured for products of 8192×8192 matrices in the same precision. The
-loop runs under a transfer guard, so that a round trip to the host inside it would be an error. Last, 10⁶ ancestral
-samples at T = 1000 from a 3×128 network. Without a GPU `--small` runs all of it at a small size on the CPU.
+own compiled loop runs, at-time objective, learned β_t of T = 1000, D = 64, diagonal covariance, params and β_t in
+float32: networks from 3×128 to 8×4096, batches from 512 to 262,144, products in float32, TF32 or bfloat16. A step
+takes 6 flops for each weight and datum; `share` is of the rate measured for products of 8192×8192 matrices in the
+same precision. The loop runs under a transfer guard, so that a round trip to the host inside it would be an error.
+Last, 10⁶ ancestral samples at T = 1000 from a 3×128 network. Without a GPU `--small` runs all of it at a small size
+on the CPU.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Swiss roll, learned β_t, full covariance, 3×128, batch 512, T = 10 and 40, three seeds in turn. The naive program is
 `SVI(d.reverse, d.forward, adam, Trace_ELBO())`, N17 as it stands, with the learning rate that `fit` starts from. Its
-gap L − K on held-out data is looked at every 200 steps until it is at most the target; looking is not counted.
-`fit`, whose learning rate falls to zero, runs anew with more steps until it is; the time of the fit that reaches it counts.
+gap L − K on held-out data is looked at every 200 steps until it is at most the target; looking is not counted. `fit`,
+whose learning rate falls to zero, runs anew with more steps until it is; the time of the fit that reaches it counts.
 """
 
 import argparse

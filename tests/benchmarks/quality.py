@@ -4,10 +4,10 @@
     python -m tests.benchmarks.quality
 
 10,000 training points, radius 2, σ = 0.15, whose entropy is log 8 + log(2πe·0.15²) = 1.1231 nats. Seconds count
-imports, compilation and fitting, in a process of its own for each method and seed. The NLL is that entropy plus the mean gap to
-the exact log density over 50,000 test points: for the chain a bound, for the flows exact. The flows are fitted in the
-usual way: flowjax's `fit_to_data`, and for zuko Adam on batches of 512 for 25 s. The first row is a shorter
-fit of the same chain.
+imports, compilation and fitting, in a process of its own for each method and seed. The NLL is that entropy plus the
+mean gap to the exact log density over 50,000 test points: for the chain a bound, for the flows exact. The flows are
+fitted in the usual way: flowjax's `fit_to_data`, and for zuko Adam on batches of 512 for 25 s. The first row is a
+shorter fit of the same chain.
 """
 
 import json
