@@ -231,13 +231,16 @@ class GaussianDiffusion:
         if time_probs is not None and jnp.shape(time_probs) != (T,):
             raise ValueError(f"time_probs has shape {jnp.shape(time_probs)}; this diffusion has {T} time steps")
         u = numpyro.sample("u", dist.Uniform(0.0, 1.0))
-        grid = jnp.arange(math.prod(batch_shape)).reshape(batch_shape) / math.prod(batch_shape)
-        quantile = (grid + u) % 1.0
+        B = math.prod(batch_shape)
         if time_probs is None:
-            t = jnp.floor(T * quantile).astype(int)
+            t = jnp.floor(T * ((jnp.arange(B) / B + u) % 1.0)).astype(int)
         else:
-            t = jnp.searchsorted(jnp.cumsum(time_probs), quantile, side="right", method="scan_unrolled")
-        t = numpyro.deterministic("t", jnp.minimum(1 + t, T))
+            # the number of t whose cumulative probability is at most the quantile (i/B + u) mod 1, for sorted quantiles
+            # first: `searchsorted` in a compiled loop takes ten times as long, or as long to compile
+            first, shift = jnp.floor(B * u).astype(int), (B * u) % 1.0
+            starts = jnp.clip(jnp.ceil(B * jnp.cumsum(jnp.asarray(time_probs)) - shift), 0, B).astype(int)
+            t = jnp.cumsum(jnp.zeros(B + 1, int).at[starts].add(1))[(jnp.arange(B) + first) % B]
+        t = numpyro.deterministic("t", jnp.minimum(1 + t, T).reshape(batch_shape))
         return t, T if time_probs is None else 1 / jnp.asarray(time_probs)[t - 1]
 
     def _build(self, rng_key: Key) -> tuple[eqx.Module, eqx.Module]:

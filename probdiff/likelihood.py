@@ -116,7 +116,7 @@ def time_probs(d: GaussianDiffusion, params: Params, x: Data, num_rows: int, rng
     """
     T = d.num_timesteps
     edges = np.unique(np.geomspace(1, T + 1, 65).round()) if T > _RANGES else np.arange(1, T + 2)
-    widths = np.diff(edges)
+    widths = np.diff(edges).astype(int)
     key_rows, key_t, key_x = jax.random.split(rng_key, 3)
     at = jnp.arange(_TERMS) % len(widths)
     t = jnp.asarray(edges)[at] + jnp.floor(jax.random.uniform(key_t, (_TERMS,)) * jnp.asarray(widths)[at])
@@ -125,7 +125,7 @@ def time_probs(d: GaussianDiffusion, params: Params, x: Data, num_rows: int, rng
         lambda: _term(d, *d.components(), x_0, key_x, jnp.minimum(t.astype(int), T)), data=params
     )()
     squares = jnp.zeros(len(widths)).at[at].add(terms**2) / jnp.bincount(at, length=len(widths))
-    probs = jnp.repeat(jnp.sqrt(squares), widths.astype(int), total_repeat_length=T)
+    probs = jnp.sqrt(squares)[np.repeat(np.arange(len(widths)), widths)]
     return 0.9 * probs / probs.sum() + 0.1 / T
 
 
