@@ -55,6 +55,8 @@ def times_shown(num_timesteps: int, most: int = 51) -> list[int]:
 @partial(jax.jit, static_argnums=(0, 3, 4))
 def _reverse_block(d: GaussianDiffusion, params: Params, rng_key: Key, n: int, times: tuple[int, ...]) -> Array:
     draws = Predictive(d.reverse, params=params, num_samples=n, parallel=True)(rng_key, stacked=True)
+    if times == (0,):  # and no path is kept
+        return draws["x_0"][:, None]
     path = jnp.concatenate([draws["x"], draws["x_0"][:, None]], axis=1)  # t = T…0
     return path[:, jnp.asarray([d.num_timesteps - t for t in times])]
 
