@@ -6,7 +6,7 @@ Progress, early stopping on validation data, checkpoints and resume.
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -81,9 +81,8 @@ class Trained:
     validation: np.ndarray
 
 
-@lru_cache(maxsize=16)
 def make_svi(d: GaussianDiffusion, settings: Settings) -> SVI:
-    """NumPyro's `SVI` of the objective, its loss the negative ELBO per datum of a batch; one for the same arguments."""
+    """NumPyro's `SVI` of the objective, its loss the negative ELBO per datum of a batch."""
     reverse = partial(d.reverse, stacked=True, dropout=settings.dropout)
     forward = partial(d.forward_posterior, stacked=True)
     at_time = partial(d.reverse_at_time, dropout=settings.dropout)
@@ -106,54 +105,52 @@ def make_svi(d: GaussianDiffusion, settings: Settings) -> SVI:
     )
 
 
-@partial(jax.jit, static_argnums=0)
 def start_state(svi: SVI, x: Data, rng_keys: Key) -> tuple[Any, Params]:
     """The state of SVI before the first step, with a leading axis of C chains, and its params."""
-    state = jax.vmap(lambda key: svi.init(key, x))(rng_keys)
-    return state, svi.get_params(state)
+
+    @jax.jit
+    def start(rng_keys: Key) -> tuple[Any, Params]:
+        state = jax.vmap(lambda key: svi.init(key, x))(rng_keys)
+        return state, svi.get_params(state)
+
+    return start(rng_keys)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def run_steps(
-    d: GaussianDiffusion,
-    svi: SVI,
-    settings: Settings,
-    mesh: Mesh | None,
-    state: Any,
-    average: Params | None,
-    x: Data,
-    num_rows: int,
-    batch_keys: Key,
-    start: int,
-    stop: int,
-) -> tuple[Any, Params, Params | None, Any]:
-    """Steps `start` to `stop` of SVI in one compiled loop, on batches of the first `num_rows` rows of x.
+def make_steps(d: GaussianDiffusion, svi: SVI, settings: Settings, mesh: Mesh | None) -> Any:
+    """A compiled loop over steps of SVI: `run(state, average, x, num_rows, batch_keys, start, stop)`.
 
-    Returns the state, its params, their moving average where one is given, and the losses (C, check_every).
+    It draws batches from the first `num_rows` rows of x, and returns the state, its params, their moving average where
+    one is given, and the losses (C, check_every).
     """
 
-    def one_chain(one: tuple[Any, Params | None, Key]) -> tuple[Any, Params, Params | None, Any]:
-        state, average, batch_key = one
-        options = {}
-        if settings.objective == "at_time" and settings.times == "weighted":
-            key_probs = jax.random.fold_in(jax.random.fold_in(batch_key, start), settings.batch_size)
-            options["time_probs"] = likelihood.time_probs(d, svi.get_params(state), x, num_rows, key_probs)
+    @jax.jit
+    def run(
+        state: Any, average: Params | None, x: Data, num_rows: int, batch_keys: Key, start: int, stop: int
+    ) -> tuple[Any, Params, Params | None, Any]:
+        def one_chain(one: tuple[Any, Params | None, Key]) -> tuple[Any, Params, Params | None, Any]:
+            state, average, batch_key = one
+            options = {}
+            if settings.objective == "at_time" and settings.times == "weighted":
+                key_probs = jax.random.fold_in(jax.random.fold_in(batch_key, start), settings.batch_size)
+                options["time_probs"] = likelihood.time_probs(d, svi.get_params(state), x, num_rows, key_probs)
 
-        def step(i: Any, carry: Any) -> Any:
-            state, average, losses = carry
-            rows = jax.random.randint(jax.random.fold_in(batch_key, i), (settings.batch_size,), 0, num_rows)
-            state, loss = svi.update(state, devices.constrain(x[rows], mesh, "data"), **options)
-            state = devices.constrain(state, mesh)
-            if average is not None:
-                weight = jnp.maximum(_AVERAGING, 1 / (1 + i))  # a plain mean until there is enough to average
-                average = optax.incremental_update(svi.get_params(state), average, weight)
-            return state, average, losses.at[i - start].set(loss)
+            def step(i: Any, carry: Any) -> Any:
+                state, average, losses = carry
+                rows = jax.random.randint(jax.random.fold_in(batch_key, i), (settings.batch_size,), 0, num_rows)
+                state, loss = svi.update(state, devices.constrain(x[rows], mesh, "data"), **options)
+                state = devices.constrain(state, mesh)
+                if average is not None:
+                    weight = jnp.maximum(_AVERAGING, 1 / (1 + i))  # a plain mean until there is enough to average
+                    average = optax.incremental_update(svi.get_params(state), average, weight)
+                return state, average, losses.at[i - start].set(loss)
 
-        losses = jnp.zeros(settings.check_every)
-        state, average, losses = jax.lax.fori_loop(start, stop, step, (state, average, losses))
-        return state, svi.get_params(state), average, losses
+            losses = jnp.zeros(settings.check_every)
+            state, average, losses = jax.lax.fori_loop(start, stop, step, (state, average, losses))
+            return state, svi.get_params(state), average, losses
 
-    return devices.each_chain(one_chain, mesh)((state, average, batch_keys))
+        return devices.each_chain(one_chain, mesh)((state, average, batch_keys))
+
+    return run
 
 
 def train(
@@ -195,6 +192,7 @@ def train(
         "losses": np.full((settings.num_chains, settings.num_steps), np.nan, jnp.result_type(float)),
         "validation": np.full((settings.num_chains, num_checks), np.nan),
     }
+    run = make_steps(d, svi, settings, mesh)
     first_check, checkpoints = 0, None
     if checkpoint_dir is not None:
         if jax.process_index() == 0:
@@ -219,9 +217,7 @@ def train(
         start = check * settings.check_every
         stop = min(start + settings.check_every, settings.num_steps)
         rows, num_rows = next(buffers)
-        state, params, average, losses = run_steps(
-            d, svi, settings, mesh, state, average, rows, num_rows, batch_keys, start, stop
-        )
+        state, params, average, losses = run(state, average, rows, num_rows, batch_keys, start, stop)
         losses = np.asarray(devices.fetch(losses, mesh))[:, : stop - start]
         _check_finite(losses, start)
         progress["losses"][:, start:stop] = losses

@@ -24,7 +24,7 @@ import test_training
 from conftest import mlp_diffusion
 from probdiff import training
 def fit(num_chains, mesh):
-    settings = training.Settings(num_steps=40, batch_size=16, num_chains=num_chains, check_every=10)
+    settings = training.Settings(num_steps=20, batch_size=16, num_chains=num_chains, check_every=10)
     return training.train(
         mlp_diffusion(), test_training.X[:61], settings, rng_key=test_training.KEY, validation=test_training.X[61:],
         checkpoint_dir=None if mesh or count == 1 else sys.argv[1] + "-run", progress_bar=False, mesh=mesh,
@@ -63,13 +63,9 @@ def agree(leaves, others):
 
 
 def test_eight_devices_fit_as_one_does(alone, tmp_path):
-    """61 rows, which eight do not divide; one chain, then two chains with four devices each."""
-    agree(run(str(tmp_path / "fit"), "[(1, None), (2, None)]", devices=8)[0], alone)
-
-
-def test_a_mesh_can_be_given(alone, tmp_path):
-    meshes = "[(1, jax.make_mesh((4,), ('data',))), (2, Mesh(local[:2], ('chain',)))]"
-    agree(run(str(tmp_path / "fit"), meshes, devices=8)[0], alone)
+    """61 rows, which eight do not divide; one chain, two chains with four devices each, and meshes that are given."""
+    meshes = "[(1, None), (2, None), (1, jax.make_mesh((4,), ('data',))), (2, Mesh(local[:2], ('chain',)))]"
+    agree(run(str(tmp_path / "fit"), meshes, devices=8)[0], [*alone, *alone])
 
 
 def test_two_processes_fit_the_same_data_and_end_with_the_same_params(alone, tmp_path):

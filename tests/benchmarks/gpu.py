@@ -67,7 +67,7 @@ def measure(depth, width, batch, name, rates, steps):
         with jax.default_matmul_precision(precision):
             state, params = training.start_state(svi, x[:512], keys)
             arguments = jax.device_put((state, None, x, len(x), keys, 0, steps))
-            run = training.run_steps.lower(d, svi, settings, None, *arguments).compile()
+            run = training.make_steps(d, svi, settings, None).lower(*arguments).compile()
         with jax.transfer_guard("disallow"):
             seconds = alternate({"": lambda: jax.block_until_ready(run(*arguments))}, 5)[""] / steps
     except jax.errors.JaxRuntimeError as error:

@@ -43,8 +43,7 @@ def program(T, times="weighted"):
     settings = training.Settings(20_000, 512, 1, check_every=STEPS, times=times)
     svi, keys = training.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
     state, _ = training.start_state(svi, x[:512], keys)
-    static = (d, svi, settings, None)
-    return training.run_steps, static, (state, None, x, len(x), keys, 0, STEPS)
+    return training.make_steps(d, svi, settings, None), (state, None, x, len(x), keys, 0, STEPS)
 
 
 def main():
@@ -52,13 +51,13 @@ def main():
     for _ in range(5):
         for T in TIMES:
             jax.clear_caches()
-            run, static, arguments = program(T)
+            run, arguments = program(T)
             start = time.perf_counter()
-            compiled[T] = (run.lower(*static, *arguments).compile(), arguments)
+            compiled[T] = (run.lower(*arguments).compile(), arguments)
             seconds_to_compile[T].append(time.perf_counter() - start)
     steps = {T: (lambda c=c, a=a: jax.block_until_ready(c(*a))) for T, (c, a) in compiled.items()}
-    run, static, arguments = program(10, "even")
-    even = run.lower(*static, *arguments).compile()
+    run, arguments = program(10, "even")
+    even = run.lower(*arguments).compile()
     steps["even"] = lambda: jax.block_until_ready(even(*arguments))
     seconds = alternate(steps, 7)
     rows = []

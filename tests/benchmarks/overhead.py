@@ -57,11 +57,12 @@ def programs(D, width, depth, T, steps=STEPS, batch=BATCH):
     svi, keys = training.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
     x = jnp.asarray(x)
     state, _ = training.start_state(svi, x[:batch], keys)
+    run = training.make_steps(d, svi, settings, None)
     hand = bare.init(jax.random.key(0), D, width, depth, T)
     opt_state = bare.optimizer(20_000).init(hand)
 
     def package():
-        return jax.block_until_ready(training.run_steps(d, svi, settings, None, state, None, x, len(x), keys, 0, steps))
+        return jax.block_until_ready(run(state, None, x, len(x), keys, 0, steps))
 
     def plain():
         return jax.block_until_ready(
