@@ -236,7 +236,7 @@ class GaussianDiffusion:
             t = jnp.floor(T * ((jnp.arange(B) / B + u) % 1.0)).astype(int)
         else:
             # the number of t whose cumulative probability is at most the quantile (i/B + u) mod 1, for sorted quantiles
-            # first: `searchsorted` in a compiled loop takes ten times as long, or as long to compile
+            # first; `searchsorted`, unrolled, is slow to compile for long chains
             first, shift = jnp.floor(B * u).astype(int), (B * u) % 1.0
             starts = jnp.clip(jnp.ceil(B * jnp.cumsum(jnp.asarray(time_probs)) - shift), 0, B).astype(int)
             t = jnp.cumsum(jnp.zeros(B + 1, int).at[starts].add(1))[(jnp.arange(B) + first) % B]

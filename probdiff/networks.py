@@ -27,7 +27,7 @@ def embed_log_snr(log_snr: Float[Array, ""], num_features: int) -> Float[Array, 
 class Dense(eqx.Module):
     """x·W + b, with W of shape (inputs, outputs).
 
-    `equinox.nn.Linear` keeps the transpose of W, and on a CPU its gradient for few inputs takes three times as long.
+    `equinox.nn.Linear` keeps the transpose of W, whose gradient for few inputs is slower on a CPU.
     """
 
     weight: Float[Array, "inputs outputs"]

@@ -40,7 +40,7 @@ def test_each_pass_has_every_row_once_in_another_order(path):
 
 
 def test_a_stream_of_one_buffer_fits_as_the_array_does(tmp_path):
-    """One block, so that the buffer is the array: the same batches, and the same bits."""
+    """One block, so that the buffer is the array: the same batches, and the same losses to rounding."""
     np.save(tmp_path / "x.npy", X)
     options = {
         "rng_key": jax.random.key(0),

@@ -114,6 +114,14 @@ class Diffusion(nn.Module):
         return x
 
 
+def _update(loss, model, optimizer, rate):
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    rate.step()
+
+
 def training(model, x, batch_size, num_steps, compiled=False):
     """A function that takes as many steps of Adam as it is told to."""
     groups = [{"params": model.network.parameters()}, {"params": [model.logits], "lr": 2e-2}]
@@ -125,11 +133,7 @@ def training(model, x, batch_size, num_steps, compiled=False):
         for _ in range(steps):
             x_0 = x[torch.randint(len(x), (batch_size,))]
             loss = loss_of(x_0, torch.rand(()), torch.randn_like(x_0))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            rate.step()
+            _update(loss, model, optimizer, rate)
         return float(loss)
 
     return run
@@ -150,11 +154,7 @@ def diffusers_training(D, width, depth, T, x, batch_size, num_steps):
             noise, t = torch.randn_like(x_0), torch.randint(T, (batch_size,))
             x_t = scheduler.add_noise(x_0, noise, t)
             loss = functional.mse_loss(network(x_t, log_snr[t])[:, :D], noise)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            rate.step()
+            _update(loss, network, optimizer, rate)
         return float(loss)
 
     return run

@@ -29,7 +29,7 @@ def gap(d, params, held_out, exact):
     return float((exact - log_w.mean(0)).mean())
 
 
-def package(d, x, held_out, exact, seed, target, budget):
+def package(d, x, held_out, exact, seed, target):
     """Seconds to the target, by fits of more and more steps: each fit counts alone, compiled anew."""
     for num_steps in (1000, 2000, 3000, 4500, 6000, 9000, 15_000):
         jax.clear_caches()
@@ -79,7 +79,7 @@ def main():
         found = []
         for seed in range(args.seeds):
             d = probdiff.GaussianDiffusion((2,), schedules.LearnedBetas(T), networks.ResidualMLP(), "full")
-            ours, steps = package(d, x, held_out, exact, seed, target, args.budget)
+            ours, steps = package(d, x, held_out, exact, seed, target)
             theirs, their_steps, compiling, step = naive(d, x, held_out, exact, seed, target, args.budget)
             reached = np.isfinite(theirs)
             found.append((ours, theirs if reached else args.budget, compiling, 1e3 * step, reached, steps, their_steps))
