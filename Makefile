@@ -1,3 +1,5 @@
+PYTHON ?= .venv/bin/python
+
 .PHONY: test lint types notebooks bench ci
 
 test:
@@ -14,8 +16,8 @@ notebooks:
 	.venv/bin/pytest --nbmake notebooks -o addopts= -o filterwarnings=default
 
 bench:
-	for name in overhead peers naive growth variance evaluation quality streaming; do \
-		.venv/bin/python -m tests.benchmarks.$$name || exit 1; done
+	for name in overhead peers growth evaluation quality streaming variance naive; do \
+		$(PYTHON) -m tests.benchmarks.$$name || exit 1; done
 
 ci:
 	.ci/run

@@ -42,6 +42,11 @@ class Dense(eqx.Module):
         return y if self.bias is None else y + self.bias.astype(x.dtype)
 
 
+def silu(x: Array) -> Array:
+    """x·σ(x) = x·(1 + tanh(x/2))/2; on a CPU tanh is faster than the exponential of `jax.nn.silu`."""
+    return x * (0.5 + 0.5 * jnp.tanh(0.5 * x))
+
+
 class ResidualMLPModule(eqx.Module):
     """h ← h + W·silu(h + E·embedding), repeated; zero outputs at the start."""
 
@@ -61,8 +66,8 @@ class ResidualMLPModule(eqx.Module):
         embedding = embed_log_snr(log_snr, self.num_features).astype(dtype)
         h = self.first(jnp.ravel(x_t).astype(dtype))
         for block, shift, k in zip(self.blocks, self.shifts, keys[1:], strict=True):
-            h = h + block(self.dropout(jax.nn.silu(h + shift(embedding)), key=k, inference=k is None))
-        return self.last(self.dropout(jax.nn.silu(h), key=keys[0], inference=key is None)).astype(x_t.dtype)
+            h = h + block(self.dropout(silu(h + shift(embedding)), key=k, inference=k is None))
+        return self.last(self.dropout(silu(h), key=keys[0], inference=key is None)).astype(x_t.dtype)
 
 
 @dataclass(frozen=True)

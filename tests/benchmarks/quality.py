@@ -19,7 +19,7 @@ START = time.perf_counter()
 
 ENTROPY = 1.1230798  # log 8 + log(2πe·0.15²), up to e⁻¹³ for the overlap of neighbours
 RUNS = {
-    "probdiff, 1,500 steps": ("probdiff", 1_500),
+    "probdiff, 3,000 steps": ("probdiff", 3_000),
     "probdiff, 15,000 steps": ("probdiff", 15_000),
     "flowjax": ("flowjax", 0),
     "zuko": ("zuko", 0),

@@ -6,8 +6,8 @@ Every way takes 512 network evaluations a step, and the same time. Σ over param
 the network's params and for the schedule's, over that of independent uniform times; bootstrap range of nine tenths.
 
 - `even`: one uniform draw shifts an even grid over 1…T; what `reverse_at_time` does.
-- `weighted`: an even grid through the distribution with p(t) ∝ √E[L_t²] of the loss at t, and weights 1/(T·p(t))
-  (Nichol and Dhariwal 2021, eq. 18), a tenth of it uniform.
+- `weighted`: an even grid through the distribution of `likelihood.time_probs`, p(t) ∝ √E[L_t²] of the loss at t, a tenth
+  of it uniform, and weights 1/(T·p(t)); what `fit` does.
 - `by gradient`: the same with p(t) ∝ √E‖∇L_t‖² of the network's gradient, the best that weights can do for it.
 - `4 a datum`, `T a datum`: even, on 512/4 data with four times each, or 512/T data with all times.
 """
@@ -20,7 +20,7 @@ from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
 
 import probdiff
-from probdiff import datasets, networks, schedules
+from probdiff import datasets, likelihood, networks, schedules
 from tests.benchmarks.timing import report
 
 BATCH, DRAWS = 512, 400
@@ -81,21 +81,19 @@ def measure(d, x, params, key):
         return jnp.mean(w * terms + prior)
 
     gradient = jax.grad(objective, argnums=(0, 1))
-    times = jnp.unique(jnp.linspace(1, T, min(T, 100)).round().astype(int))
+    uniform, n = np.full(T, 1 / T), max(64, 10_000 // T)
 
     @jax.jit
-    def moments(t, key):
-        x_0 = x[jax.random.randint(key, (256,), 0, len(x))]
-        keys = jax.random.split(key, 256)
+    def square(t, key):
+        x_0, keys = x[jax.random.randint(key, (n,), 0, len(x))], jax.random.split(key, n)
         one = lambda x_0, key: gradient(network, logits, x_0[None], t[None], 1.0, key)[0]  # noqa: E731
-        squares = jnp.mean(jax.lax.map(lambda args: jnp.sum(one(*args) ** 2), (x_0, keys)))
-        return jnp.mean(loss_at(d, params, x_0, jnp.full(256, t), key)[0] ** 2), squares
+        return jnp.mean(jax.lax.map(lambda args: jnp.sum(one(*args) ** 2), (x_0, keys)))
 
-    found = np.array([moments(t, jax.random.fold_in(key, int(t))) for t in times])
-    by_loss, by_gradient = (np.sqrt(np.interp(np.arange(1, T + 1), times, column)) for column in found.T)
-    uniform = np.full(T, 1 / T)
-    mixed = lambda p: 0.9 * p / p.sum() + 0.1 * uniform  # noqa: E731
-    probabilities = {"weighted": mixed(by_loss), "by gradient": mixed(by_gradient)}
+    by_gradient = np.sqrt([square(t, jax.random.fold_in(key, int(t))) for t in jnp.arange(1, T + 1)])
+    probabilities = {
+        "weighted": likelihood.time_probs(d, params, x, len(x), key),
+        "by gradient": 0.9 * by_gradient / by_gradient.sum() + 0.1 * uniform,
+    }
     rows = {}
     for name, (draw, k) in ways(T).items():
         p = jnp.asarray(probabilities.get(name, uniform), jnp.float32)
