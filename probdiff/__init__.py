@@ -1,7 +1,17 @@
 """Diffusion probabilistic models as NumPyro programs."""
 
 from probdiff import datasets, derivation, networks, schedules, streams
-from probdiff.chains import GaussianDiffusion
+from probdiff.chains import BinomialDiffusion, GaussianDiffusion
 from probdiff.results import Fit, fit
 
-__all__ = ["Fit", "GaussianDiffusion", "datasets", "derivation", "fit", "networks", "schedules", "streams"]
+__all__ = [
+    "BinomialDiffusion",
+    "Fit",
+    "GaussianDiffusion",
+    "datasets",
+    "derivation",
+    "fit",
+    "networks",
+    "schedules",
+    "streams",
+]

@@ -1,15 +1,15 @@
 """The forward chain q and the reverse chain p as NumPyro programs.
 
-Each method of `GaussianDiffusion` below is a NumPyro program: give it to `SVI`, `Predictive`,
+Each method of `GaussianDiffusion` and `BinomialDiffusion` below is a NumPyro program: give it to `SVI`, `Predictive`,
 `handlers.trace` or any other tool of NumPyro.
 """
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,41 +21,31 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions.kl import kl_divergence
 
-from probdiff.families import Covariance, Gaussian
-from probdiff.schedules import NoiseLevels
+from probdiff.binomial import Binomial
+from probdiff.families import Covariance, Family, Gaussian, expected_log_ratio
+from probdiff.networks import Recipe
+from probdiff.schedules import NoiseLevels, Schedule
 from probdiff.types import Event, Key, Time
 
 
-class Schedule(Protocol):
-    @property
-    def num_timesteps(self) -> int: ...
-    def __call__(self) -> NoiseLevels: ...
-
-
-class Recipe(Protocol):
-    def build(self, rng_key: Key, event_shape: tuple[int, ...], num_outputs: int) -> eqx.Module: ...
-
-
 @dataclass(frozen=True, eq=False)
-class GaussianDiffusion:
-    """A Gaussian diffusion: the pair of chains q (N3, N5) and p (N7, N8, N13) over x_0…x_T.
+class Diffusion:
+    """The pair of chains q (N3, N5) and p (N7, N8, N13) over x_0…x_T of any family.
 
     `network` is a recipe such as `networks.ResidualMLP()` or an Equinox module with the signature that
-    `networks` documents. `covariance` of the reverse kernel: "fixed", "diagonal" or "full" (a Cholesky factor).
+    `networks` documents.
 
     Every program takes `x_0` of shape `event_shape` (one datum) or (N, *event_shape), whose rows are
     the plate "data" of size N, of which `subsample_size` draws a part. `stacked=True` gives the same
     density with one site "x" whose leading axis is time, in the order of the explicit sites, by `scan`:
     the body is compiled once, whatever T is. Params: those of the schedule, and "network$params".
 
-    Raises `ValueError` or `TypeError` for an x_0 of another shape or of integers.
+    Raises `ValueError` or `TypeError` for an x_0 of another shape or of a dtype that the family has no use for.
     """
 
     event_shape: tuple[int, ...]
     schedule: Schedule
     network: Recipe | eqx.Module
-    covariance: Covariance = "diagonal"
-    family: Gaussian = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         shape = tuple(self.event_shape)
@@ -63,15 +53,20 @@ class GaussianDiffusion:
         if not 1 <= len(shape) <= 8 or not whole:
             raise ValueError(f"event_shape is {shape}; it must be a tuple of 1 to 8 positive integers such as (2,)")
         object.__setattr__(self, "event_shape", shape)
-        object.__setattr__(self, "family", Gaussian(shape, self.covariance))
+        num_outputs = self.family.num_outputs
         if callable(self.network):
             x_t, log_snr = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
             outputs = eqx.filter_eval_shape(self.network, x_t, log_snr)
-            if getattr(outputs, "shape", None) != (self.family.num_outputs,):
+            if getattr(outputs, "shape", None) != (num_outputs,):
                 raise ValueError(
-                    f"network gives outputs of shape {getattr(outputs, 'shape', None)}; event_shape {shape} with "
-                    f"covariance {self.covariance!r} wants ({self.family.num_outputs},)"
+                    f"network gives outputs of shape {getattr(outputs, 'shape', None)}; {self.family} wants "
+                    f"({num_outputs},)"
                 )
+
+    @property
+    def family(self) -> Family:
+        """The distributions of the chains."""
+        raise NotImplementedError
 
     @property
     def num_timesteps(self) -> int:
@@ -126,15 +121,16 @@ class GaussianDiffusion:
         `Predictive(..., num_samples=N)` or, for the explicit form, from a plate around the program.
         """
         p, T = self.family, self.num_timesteps
-        _, kernel = self.components(dropout)
+        _, kernel = self.kernels(dropout)
         plate, x_0 = self._data(x_0, subsample_size)
         prior = p.prior(self._batch_shape(x_0))
         if stacked:
+            prior_of_x = p.as_kernel(prior)
 
             def step(x_next: Event, t: Time) -> dist.Distribution:
-                return _where(t == T, prior, kernel(x_next, jnp.minimum(t + 1, T)))
+                return _where(t == T, prior_of_x, kernel(x_next, jnp.minimum(t + 1, T)))
 
-            x_1 = _scan(plate, step, jnp.zeros(prior.shape()), range(T, 0, -1))
+            x_1 = _scan(plate, step, jnp.zeros(prior.shape(), p.dtype), range(T, 0, -1))
             with plate:
                 return numpyro.sample("x_0", kernel(x_1, 1), obs=x_0)
         with plate:
@@ -172,26 +168,31 @@ class GaussianDiffusion:
         K = E_t[ (log p(x_0 given x_1) where t = 1, else −KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t))) / π_t ]
         − KL(q(x_T given x_0) ‖ p(x_T)). π is `time_probs` (T,), positive and of sum 1, the same in both programs, by
         default uniform. The t of a batch are evenly spread: one uniform draw u shifts a grid.
-        x_t is drawn from q(x_t given x_0) in both programs, so its density cancels and is masked out.
+        x_t is drawn from q(x_t given x_0) in both programs, so its density cancels and is masked out. Where draws carry
+        no gradient, of bits, the factor "score", zero in value, has the gradient of K through them.
         Sites u, x_t, x_prev, x_0 and x_T, and the deterministic t.
         """
         p, T = self.family, self.num_timesteps
-        noise, kernel = self.components(dropout)
+        noise, kernel = self.kernels(dropout)
         plate, x_0 = self._data(x_0, subsample_size)
         t, scale = self._draw_t(x_0, time_probs)
+        q_of_x_0, x_prev = p.marginal(x_0, noise, t), None
         with plate:
             with handlers.mask(mask=False):
-                x_t = numpyro.sample("x_t", p.marginal(x_0, noise, t))
+                x_t = numpyro.sample("x_t", q_of_x_0)
             p_of_x_t = kernel(x_t, t)
             with handlers.scale(scale=scale):
                 if T > 1:
                     with handlers.mask(mask=t > 1):
-                        numpyro.sample("x_prev", p_of_x_t)
+                        x_prev = numpyro.sample("x_prev", p_of_x_t)
                 with handlers.mask(mask=t == 1):
                     numpyro.sample("x_0", p_of_x_t, obs=x_0)
+            if not p.reparametrised:
+                q_of_x_t = p.posterior(x_t, x_0, noise, jnp.clip(t, min(2, T), T))
+                numpyro.factor("score", scale * _score(t, x_0, x_t, x_prev, q_of_x_0, q_of_x_t, p_of_x_t))
             numpyro.sample(f"x_{T}", p.prior(self._batch_shape(x_0)))
 
-    def components(self, dropout: bool = False) -> tuple[NoiseLevels, Callable[[Event, Time], dist.Distribution]]:
+    def kernels(self, dropout: bool = False) -> tuple[NoiseLevels, Callable[[Event, Time], dist.Distribution]]:
         """The noise levels, and p(x_{t−1} given x_t) as a function of x_t and t: all that has params.
 
         Called inside a program, or under `handlers.substitute(..., data=params)`. The function takes x_t of
@@ -201,16 +202,6 @@ class GaussianDiffusion:
         noise, params = self.schedule(), self._params()
         key = numpyro.prng_key() if dropout else None
         return noise, lambda x_t, t: _kernel(self, params, noise, x_t, t, key)
-
-    def denoiser(self) -> Callable[[Event, Array], Event]:
-        """x̂_0(x, λ), the network's prediction of x_0 from x_t = x, at any log-SNR λ; called as `components` is."""
-        network = self._network(self._params())
-
-        def predict(x: Event, log_snr: Array) -> Event:
-            shrink, std = jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
-            return self.family.predicted(x, network(x, log_snr), shrink, std)
-
-        return predict
 
     def _params(self) -> eqx.Module:
         return numpyro.param("network$params", lambda rng_key: self._build(rng_key)[0])
@@ -262,9 +253,7 @@ class GaussianDiffusion:
         shape = jnp.shape(x_0)
         if shape != self.event_shape and shape[1:] != self.event_shape:
             raise ValueError(f"x_0 has shape {shape}; this diffusion has event_shape {self.event_shape}")
-        if not jnp.issubdtype(jnp.result_type(x_0), jnp.floating):
-            raise TypeError(f"x_0 has dtype {jnp.result_type(x_0)}; a Gaussian diffusion wants floating-point data")
-        x_0 = jnp.asarray(x_0, jnp.result_type(float))
+        x_0 = self.family.state(x_0)
         if shape == self.event_shape:
             return nullcontext(), x_0
         if subsample_size is not None and not 1 <= subsample_size <= shape[0]:
@@ -274,15 +263,56 @@ class GaussianDiffusion:
             return plate, x_0 if subsample_size is None else x_0[index]
 
 
+@dataclass(frozen=True, eq=False)
+class GaussianDiffusion(Diffusion):
+    """A Gaussian diffusion: q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t·I), N3; the programs are `Diffusion`'s.
+
+    `covariance` of the reverse kernel: "fixed", "diagonal" or "full" (a Cholesky factor). Data are floating-point.
+    """
+
+    covariance: Covariance = "diagonal"
+
+    @property
+    def family(self) -> Gaussian:
+        return Gaussian(self.event_shape, self.covariance)
+
+    def denoiser(self) -> Callable[[Event, Array], Event]:
+        """x̂_0(x, λ), the network's prediction of x_0 from x_t = x, at any log-SNR λ; called as `kernels` is."""
+        network = self._network(self._params())
+
+        def predict(x: Event, log_snr: Array) -> Event:
+            shrink, std = jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
+            return self.family.predicted(x, network(x, log_snr), shrink, std)
+
+        return predict
+
+
+@dataclass(frozen=True, eq=False)
+class BinomialDiffusion(Diffusion):
+    """A binomial diffusion: q(x_t given x_{t−1}) = Bernoulli(x_{t−1}·(1−β_t) + π·β_t) of each bit; p(x_T) is of rate π.
+
+    The programs are `Diffusion`'s. π is `base_rate`. p(x_{t−1} given x_t) is a product over bits, or with `components`
+    a mixture of so many products. Data are bits, 0 or 1, of any dtype.
+    Source: Sohl-Dickstein et al. 2015, appendix B.2.
+    """
+
+    base_rate: float = 0.5
+    components: int = 1
+
+    @property
+    def family(self) -> Binomial:
+        return Binomial(self.event_shape, self.base_rate, self.components)
+
+
 # compiled on its own, so that a program that runs without `jit` compiles one kernel and not T of them
 @partial(jax.jit, static_argnums=0)
 def _kernel(
-    d: GaussianDiffusion, params: eqx.Module, noise: NoiseLevels, x_t: Event, t: Time, dropout_key: Key | None = None
+    d: Diffusion, params: eqx.Module, noise: NoiseLevels, x_t: Event, t: Time, dropout_key: Key | None = None
 ) -> dist.Distribution:
     """p(x_{t−1} given x_t), N8."""
     # −∞ where β_T = 1, which no network should have to expect
     log_snr = jnp.clip(noise.log_snr[jnp.asarray(t) - 1], -30.0, 30.0)
-    return d.family.kernel(x_t, d._network(params, dropout_key)(x_t, log_snr), noise, t)
+    return d.family.kernel(x_t, d._network(params, dropout_key)(d.family.network_input(x_t), log_snr), noise, t)
 
 
 def _has_dropout(network: Any) -> bool:
@@ -313,6 +343,27 @@ def _refuse_forward_order(q: ForwardStep, p: dist.Distribution) -> Array:
 # one entry for each second argument that NumPyro has a rule for, so that no rule is ambiguous
 for _kind in {dist.Distribution, *(p for _, p in kl_divergence.funcs)}:
     kl_divergence.add((ForwardStep, _kind), _refuse_forward_order)
+
+
+def _score(
+    t: Time,
+    x_0: Event,
+    x_t: Event,
+    x_prev: Event | None,
+    q_of_x_0: dist.Distribution,
+    q_of_x_t: dist.Distribution,
+    p_of_x_t: dist.Distribution,
+) -> Array:
+    """Zero, whose gradient is (L_t − b)·∇log q of what was drawn: the score-function term of the gradient of K.
+
+    L_t is the term of K at t. The baseline b of a datum is the term of the next one, whose t is nearly the same.
+    """
+    term, log_q = p_of_x_t.log_prob(x_0), q_of_x_0.log_prob(x_t)
+    if x_prev is not None:
+        ratio, log_q_prev = expected_log_ratio(q_of_x_t, p_of_x_t, lambda: x_prev)
+        term, log_q = jnp.where(t == 1, term, ratio), log_q + jnp.where(t == 1, 0.0, log_q_prev)
+    baseline = jnp.roll(term, -1) if jnp.size(term) > 1 else 0.0
+    return jax.lax.stop_gradient(term - baseline) * (log_q - jax.lax.stop_gradient(log_q))
 
 
 def _where(condition: bool | Array, a: dist.Distribution, b: dist.Distribution) -> dist.Distribution:

@@ -20,7 +20,7 @@ import typer
 from numpyro import handlers
 
 from probdiff import datasets, derivation, diagnostics, families, networks, plots, schedules
-from probdiff.chains import GaussianDiffusion
+from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.files import atomic_write
 from probdiff.results import Fit
 from probdiff.results import fit as fit_diffusion
@@ -37,7 +37,10 @@ _SCHEDULES: dict[str, Callable[[int], Any]] = {
     "cosine": schedules.cosine,
     "harmonic": schedules.harmonic,
 }
-_DATA = "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file"
+_DATA = (
+    "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file; of bits heartbeat, "
+    "binary-digits, or a file with --binary"
+)
 _PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 20 for real data, 0 else]"
 _COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features with 100 rows for each, diagonal else]"
 _PROCESSES = "processes that share the fit, started here; 0: this is one of those that SLURM or Open MPI started"
@@ -52,11 +55,14 @@ def fit(
     resume: Annotated[bool, typer.Option("--resume", help="go on where the run in the folder stopped")] = False,
     columns: Annotated[str | None, typer.Option(help="columns of a file to use, separated by commas")] = None,
     dequantise: Annotated[bool, typer.Option("--dequantise", help="add uniform noise to integer data")] = False,
+    binary: Annotated[bool, typer.Option("--binary", help="the file holds bits, 0 or 1")] = False,
     test_fraction: Annotated[float, typer.Option(help="rows of real data that are held out")] = 0.2,
     noise: Annotated[float, typer.Option(help="noise of the swiss roll")] = 0.5,
     num_timesteps: Annotated[int, typer.Option(help="T")] = 40,
     schedule: Annotated[str, typer.Option(help=", ".join(_SCHEDULES))] = "learned-betas",
     covariance: Annotated[families.Covariance | None, typer.Option(help=_COVARIANCE)] = None,
+    base_rate: Annotated[float, typer.Option(help="of bits: π, the rate of x_T")] = 0.5,
+    components: Annotated[int, typer.Option(help="of bits: products of Bernoullis that a reverse kernel mixes")] = 1,
     width: Annotated[int, typer.Option(help="units of each block of the network")] = 128,
     depth: Annotated[int, typer.Option(help="blocks of the network")] = 3,
     num_steps: Annotated[int, typer.Option(help="steps of SVI")] = 20_000,
@@ -82,7 +88,7 @@ def fit(
     if first:
         print(
             f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
-            f"T = {num_timesteps}, {schedule}, {d.covariance} covariance, {num_chains} chain(s)",
+            f"T = {num_timesteps}, {schedule}, {_described(d)}, {num_chains} chain(s)",
             flush=True,
         )
     start = time.perf_counter()
@@ -164,7 +170,7 @@ def check(
     prepared = None if opened is None else opened.prepare()  # in the precision of the fit: its held-out rows
     with jax.enable_x64(not float32):
         if opened is None or prepared is None:
-            d = GaussianDiffusion((2,), schedules.LearnedBetas(40), networks.ResidualMLP(), "full")
+            d: Diffusion = GaussianDiffusion((2,), schedules.LearnedBetas(40), networks.ResidualMLP(), "full")
             x = np.asarray(datasets.SwissRoll(0.5).sample(key_data, max_data))
             params = derivation.typical_params(d, key_params)
         else:
@@ -221,7 +227,7 @@ class Run:
                     f"its {option} is {held.get(name)}, this one's is {value}"
                 )
 
-    def prepare(self) -> tuple[GaussianDiffusion, datasets.Split]:
+    def prepare(self) -> tuple[Diffusion, datasets.Split]:
         o = self.options
         if o["schedule"] not in _SCHEDULES:
             raise ValueError(f"--schedule is {o['schedule']}; it must be one of {', '.join(_SCHEDULES)}")
@@ -232,9 +238,14 @@ class Run:
             noise=o["noise"],
             columns=[name.strip() for name in o["columns"].split(",")] if o["columns"] else None,
             dequantised=o["dequantise"],
+            binary=o["binary"],
             test_fraction=o["test_fraction"],
         )
         network, (rows, size) = networks.ResidualMLP(o["width"], o["depth"]), data_split.train.shape
+        if np.issubdtype(data_split.train.dtype, np.integer):
+            if o["covariance"] is not None:
+                raise ValueError("--covariance is of Gaussian chains; these data are bits")
+            return BinomialDiffusion((size,), schedule, network, o["base_rate"], o["components"]), data_split
         covariance: families.Covariance = o["covariance"] or (
             "full" if size <= 16 and rows >= 100 * size else "diagonal"
         )
@@ -244,7 +255,7 @@ class Run:
         chosen = self.options["patience"]
         return (0 if data_split.density else 20) if chosen is None else chosen
 
-    def load(self, d: GaussianDiffusion) -> Fit:
+    def load(self, d: Diffusion) -> Fit:
         return Fit.load(self.folder / "fit.npz", d)
 
     def report(self, fitted: Fit, data_split: datasets.Split, fitting: float | None = None) -> None:
@@ -316,6 +327,10 @@ def _start_processes(n: int) -> int:
 
 def _digest(x: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
+
+
+def _described(d: Diffusion) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in d.family.options.items())
 
 
 def _se(values: np.ndarray) -> float:

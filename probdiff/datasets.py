@@ -19,7 +19,7 @@ from probdiff.types import Key
 class Density(Protocol):
     """A data set that can be drawn from and whose log density is known."""
 
-    def sample(self, rng_key: Key, n: int) -> Float[Array, "n D"]: ...
+    def sample(self, rng_key: Key, n: int) -> Array: ...
     def log_prob(self, x: ArrayLike) -> Float[Array, "*batch"]: ...
 
 
@@ -118,6 +118,36 @@ class GaussianMixture:
         return self.distribution.log_prob(_points(x, np.shape(self.means)[1]))
 
 
+@dataclass(frozen=True)
+class Heartbeat:
+    """`length` bits with a pulse at every `period`-th, at a random phase (Sohl-Dickstein et al. 2015).
+
+    `period` sequences are equally likely, so the entropy is log `period` nats. Raises `ValueError` where `period` is
+    not between 2 and `length`.
+    """
+
+    length: int = 20
+    period: int = 5
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.period <= self.length:
+            raise ValueError(f"period is {self.period}; it must be from 2 to length, {self.length}")
+
+    @property
+    def sequences(self) -> np.ndarray:
+        """All of them, (period, length), bytes."""
+        return (np.arange(self.length) % self.period == np.arange(self.period)[:, None]).astype(np.uint8)
+
+    def sample(self, rng_key: Key, n: int) -> Array:
+        """n draws, shape (n, length), bytes."""
+        return jnp.asarray(self.sequences)[jax.random.randint(rng_key, (n,), 0, self.period)]
+
+    def log_prob(self, x: ArrayLike) -> Float[Array, "*batch"]:
+        """−log `period` of one of the sequences, −∞ of others; nats."""
+        is_one = jnp.all(_points(x, self.length)[..., None, :] == self.sequences, -1).any(-1)
+        return jnp.where(is_one, -math.log(self.period), -jnp.inf)
+
+
 def _points(x: ArrayLike, size: int) -> Float[Array, "*batch D"]:
     x = jnp.asarray(x)
     if x.ndim == 0 or x.shape[-1] != size:
@@ -171,49 +201,63 @@ def load(
     noise: float = 0.5,
     columns: Sequence[str] | None = None,
     dequantised: bool = False,
+    binary: bool = False,
     test_fraction: float = 0.2,
 ) -> Split:
     """The data set called `source`, or the table in the file `source`, split into training and test rows.
 
-    Synthetic: "swiss-roll" (with `noise`) and "8-gaussians", 100,000 rows to train and 10,000 to test. Real, from
-    scikit-learn: "digits" (8×8, always dequantised), "wine" and "breast-cancer". Else a file for `read_table`.
+    Synthetic: "swiss-roll" (with `noise`), "8-gaussians" and, of bits, "heartbeat", 100,000 rows to train and 10,000 to
+    test. Real, from scikit-learn: "digits" (8×8, always dequantised), "binary-digits" (bits: ink of at least half the
+    most), "wine" and "breast-cancer". Else a file for `read_table`, of bits where `binary`.
     """
     key_data, key_split = jax.random.split(rng_key)
     synthetic: dict[str, Callable[[], Density]] = {
         "swiss-roll": lambda: SwissRoll(noise),
         "8-gaussians": eight_gaussians,
+        "heartbeat": Heartbeat,
     }
     if source in synthetic:
-        if columns or dequantised:
-            raise ValueError(f"{source} is synthetic; columns and dequantise are for tables")
+        if columns or dequantised or binary:
+            raise ValueError(f"{source} is synthetic; columns, dequantise and binary are for tables")
         density = synthetic[source]()
         x = np.asarray(density.sample(key_data, 110_000))
-        return Split(x[:100_000], x[100_000:], ("x", "y"), density)
-    if source in ("digits", "wine", "breast-cancer"):
+        names = ("x", "y") if x.shape[1] == 2 else tuple(f"bit_{i}" for i in range(x.shape[1]))
+        return Split(x[:100_000], x[100_000:], names, density)
+    if source in ("digits", "binary-digits", "wine", "breast-cancer"):
         import sklearn.datasets
 
-        bunch = getattr(sklearn.datasets, "load_" + source.replace("-", "_"))()
-        if columns or dequantised:
-            raise ValueError(f"{source} is used as it is; columns and dequantise are for tables")
+        bunch = getattr(sklearn.datasets, "load_" + source.removeprefix("binary-").replace("-", "_"))()
+        if columns or dequantised or binary:
+            raise ValueError(f"{source} is used as it is; columns, dequantise and binary are for tables")
         x, features = bunch.data, [str(name) for name in bunch.feature_names]
+        if source == "binary-digits":
+            return split((x >= 8).astype(np.uint8), features, key_split, test_fraction)
         x = dequantise(x, key_data) if source == "digits" else x
     elif Path(source).suffix in READERS:
-        x, features = read_table(source, columns, key_data if dequantised else None)
+        if binary and dequantised:
+            raise ValueError("bits are not dequantised; leave out binary or dequantise")
+        x, features = read_table(source, columns, key_data if dequantised else None, binary)
+        if binary:
+            return split(check_bits(x, x.shape[1:], source, 2), features, key_split, test_fraction)
     else:
-        names = ", ".join([*synthetic, "digits", "wine", "breast-cancer"])
-        raise ValueError(f"no data set is called {source!r}; there are {names}, and files in {', '.join(READERS)}")
+        known = ", ".join([*synthetic, "digits", "binary-digits", "wine", "breast-cancer"])
+        raise ValueError(f"no data set is called {source!r}; there are {known}, and files in {', '.join(READERS)}")
     x = check_data(x, x.shape[1:], source, 2, features)
     check_varies(x, source, features)
     return split(x, features, key_split, test_fraction)
 
 
 def read_table(
-    path: str | Path, columns: Sequence[str] | None = None, dequantise_key: Key | None = None
+    path: str | Path,
+    columns: Sequence[str] | None = None,
+    dequantise_key: Key | None = None,
+    binary: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """The numbers in a .npy, .csv or .parquet file as an array (N, D), and the names of its columns.
 
     The columns of a .npy file, an array (N, D), are called "0" to "D−1". With `dequantise_key`, columns of integers
-    are dequantised; without it they are refused, since a density has no upper bound on them.
+    are dequantised; without it, unless the table is `binary`, they are refused, since a density has no upper bound on
+    them.
     Raises `ValueError` for a file that cannot be read, a column that is not there and a column that is not of
     numbers. Missing entries come back as NaN.
     """
@@ -244,7 +288,7 @@ def read_table(
         frame = frame[list(columns)]
     if not len(frame):
         raise ValueError(f"{path} has 0 row(s) of data")
-    array = frame_numbers(frame, str(path), dequantised=dequantise_key is not None)
+    array = frame_numbers(frame, str(path), integers=dequantise_key is not None or binary)
     if dequantise_key is not None:
         for i, kind in enumerate(frame.dtypes):
             if pd.api.types.is_integer_dtype(kind) or pd.api.types.is_bool_dtype(kind):
@@ -252,18 +296,19 @@ def read_table(
     return array, list(frame.columns)
 
 
-def frame_numbers(frame: Any, name: str, dequantised: bool = False) -> np.ndarray:
-    """The numbers of a data frame as float64. Raises `ValueError` for words, and for integers not to be dequantised."""
+def frame_numbers(frame: Any, name: str, integers: bool = False) -> np.ndarray:
+    """The numbers of a data frame as float64. Raises `ValueError` for words, and unless meant for integers."""
     from pandas.api import types as kinds
 
     words = [column for column in frame.columns if not kinds.is_numeric_dtype(frame[column])]
     if words:
         raise ValueError(f"{name}: column {words[0]!r} does not hold numbers; leave it out, naming the columns to use")
     whole = [c for c in frame.columns if kinds.is_integer_dtype(frame[c]) or kinds.is_bool_dtype(frame[c])]
-    if whole and not dequantised:
+    if whole and not integers:
         raise ValueError(
             f"{name}: column {whole[0]!r} holds integers, and a density wants continuous data: "
-            "dequantise them (--dequantise), leave them out, or write them with decimals if they were measured"
+            "dequantise them (--dequantise), leave them out, or write them with decimals if they were measured; "
+            "a table of bits is --binary"
         )
     return frame.to_numpy(np.float64)
 
@@ -298,6 +343,21 @@ def check_data(
             f"and column(s) {some(names)}"
         )
     return array.astype(np.float64)
+
+
+def check_bits(x: ArrayLike, event_shape: tuple[int, ...], name: str, minimum: int = 1) -> np.ndarray:
+    """x as bytes (N, *event_shape) that are 0 or 1, of any dtype, at least `minimum` rows; raises as `check_data`."""
+    array = np.asarray(x)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} has dtype {array.dtype}; bits are wanted, 0 or 1")
+    array = check_data(array.astype(np.float64), event_shape, name, minimum)
+    rows = np.nonzero(((array != 0) & (array != 1)).reshape(len(array), -1))[0]
+    if len(rows):
+        values = np.setdiff1d(array, [0.0, 1.0])
+        raise ValueError(
+            f"{name} has entries {some(values)} in row(s) {some(np.unique(rows))}; bits are wanted, 0 or 1"
+        )
+    return array.astype(np.uint8)
 
 
 def check_varies(x: np.ndarray, name: str, features: Sequence[str] | None = None) -> None:

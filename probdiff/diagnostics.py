@@ -18,7 +18,7 @@ from numpyro.infer import Predictive
 from scipy.spatial.distance import cdist
 
 from probdiff import likelihood, particles
-from probdiff.chains import GaussianDiffusion
+from probdiff.chains import Diffusion
 from probdiff.particles import k_threshold, pareto_k
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Data, Key, Params
@@ -31,7 +31,7 @@ class Fitted(Protocol):
     """What the diagnostics read of a fit; `results.Fit` is one."""
 
     @property
-    def diffusion(self) -> GaussianDiffusion: ...
+    def diffusion(self) -> Diffusion: ...
     @property
     def stacked_params(self) -> Params: ...
     @property
@@ -53,7 +53,7 @@ def times_shown(num_timesteps: int, most: int = 51) -> list[int]:
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
-def _reverse_block(d: GaussianDiffusion, params: Params, rng_key: Key, n: int, times: tuple[int, ...]) -> Array:
+def _reverse_block(d: Diffusion, params: Params, rng_key: Key, n: int, times: tuple[int, ...]) -> Array:
     draws = Predictive(d.reverse, params=params, num_samples=n, parallel=True)(rng_key, stacked=True)
     if times == (0,):  # and no path is kept
         return draws["x_0"][:, None]
@@ -62,13 +62,13 @@ def _reverse_block(d: GaussianDiffusion, params: Params, rng_key: Key, n: int, t
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def _forward_block(d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key, times: tuple[int, ...]) -> Array:
+def _forward_block(d: Diffusion, params: Params, x_0: Data, rng_key: Key, times: tuple[int, ...]) -> Array:
     program = handlers.substitute(handlers.seed(d.forward, rng_key), data=params)
     path = handlers.trace(program).get_trace(x_0, stacked=True)["x"]["value"]  # t = 1…T
     return jnp.moveaxis(jnp.concatenate([x_0[None], path])[jnp.asarray(times)], 0, 1)
 
 
-def reverse_draws(d: GaussianDiffusion, params: Params, rng_key: Key, n: int, times: Sequence[int]) -> np.ndarray:
+def reverse_draws(d: Diffusion, params: Params, rng_key: Key, n: int, times: Sequence[int]) -> np.ndarray:
     """n paths drawn from p (N13) by ancestral sampling, at `times`; (n, len(times), *event_shape), chain units."""
     most = 2**17 if tuple(times) == (0,) and jax.default_backend() != "cpu" else _ROWS  # to keep a GPU busy
     rows = min(most, 1 << (n - 1).bit_length())
@@ -76,7 +76,7 @@ def reverse_draws(d: GaussianDiffusion, params: Params, rng_key: Key, n: int, ti
     return np.concatenate([_reverse_block(d, params, key, rows, tuple(times)) for key in keys])[:n]
 
 
-def forward_draws(d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key, times: Sequence[int]) -> np.ndarray:
+def forward_draws(d: Diffusion, params: Params, x_0: Data, rng_key: Key, times: Sequence[int]) -> np.ndarray:
     """One path drawn from q (N5) for each row of x_0, at `times`; (N, len(times), *event_shape), chain units."""
     return np.asarray(_forward_block(d, params, jnp.asarray(x_0), rng_key, tuple(times)))
 
@@ -180,7 +180,7 @@ def _ranks(q: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def _elbo_draws(
-    d: GaussianDiffusion, params: Params, x_0: np.ndarray, rng_key: Key, num_draws: int
+    d: Diffusion, params: Params, x_0: np.ndarray, rng_key: Key, num_draws: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """K per datum, (num_draws, N), shrunk to the spread of its mean; its terms for t = 1…T, (T,), and the prior KL."""
     parts, draws = likelihood.elbo_draws(d, params, x_0, rng_key=rng_key, num_draws=num_draws)

@@ -1,4 +1,4 @@
-"""p(x_0) of a chain without Monte Carlo: closed form for linear-Gaussian chains, quadrature in one dimension."""
+"""p(x_0) of a chain without Monte Carlo: closed form for linear-Gaussian chains, quadrature, enumeration of bits."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxtyping import Array
 from numpyro import handlers
 
 from probdiff import diagnostics
-from probdiff.chains import GaussianDiffusion
+from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.derivation.linear import LinearChain, normal_log_prob
 from probdiff.derivation.quadrature import NODES_PER_STD
 from probdiff.likelihood import LogLikelihood
@@ -17,17 +17,22 @@ _PROBES = 8
 _LINEAR = 1e-9  # relative departure from a straight line that is rounding
 _ACCURACY = 1e-5  # nats
 _MOST_NODES = 5001
+_MOST_BITS = 12
 
 
-def exact(d: GaussianDiffusion, params: Params, x_0: Data) -> LogLikelihood:
+def exact(d: Diffusion, params: Params, x_0: Data) -> LogLikelihood:
     """log p(x_0), N12, worked out in float64: Monte Carlo error zero.
 
-    x_0 (N, *event_shape) in the chain's own units; nats. Raises `ValueError` where the chain is neither
-    linear-Gaussian nor of one dimension, or where its quadrature is not right to 1e-5 nats.
+    x_0 (N, *event_shape) in the chain's own units; nats. Raises `ValueError` where a Gaussian chain is neither
+    linear-Gaussian nor of one dimension, or its quadrature is not right to 1e-5 nats, and for more than 12 bits.
     """
-    x_0 = np.asarray(x_0, np.float64)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        if isinstance(d, BinomialDiffusion):
+            return _without_error(_enumeration(d, params, np.asarray(x_0)))
+        if not isinstance(d, GaussianDiffusion):
+            raise TypeError(f'method "exact" is for Gaussian and binomial diffusions, not {d}')
+        x_0 = np.asarray(x_0, np.float64)
         values = _linear(d, params, x_0.reshape(len(x_0), -1))
         if values is None:
             if x_0[0].size > 1:
@@ -36,13 +41,17 @@ def exact(d: GaussianDiffusion, params: Params, x_0: Data) -> LogLikelihood:
                     f'this one has event_shape {d.event_shape}: use "iwae" or "smc"'
                 )
             values = _quadrature(d, params, x_0)
+    return _without_error(values)
+
+
+def _without_error(values: np.ndarray) -> LogLikelihood:
     return LogLikelihood(values, np.zeros_like(values), "exact")
 
 
 def _linear(d: GaussianDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray | None:
     """In closed form, where each kernel's mean is linear and its covariance constant at random probes."""
     size, times = x_0.shape[1], jnp.arange(d.num_timesteps, 0, -1)
-    _, kernel = handlers.substitute(d.components, data=params)()
+    _, kernel = handlers.substitute(d.kernels, data=params)()
     probes = jnp.concatenate([jnp.zeros((1, size)), 2 * jax.random.normal(jax.random.key(0), (_PROBES, size))])
 
     def moments(x: Array, t: Array) -> tuple[Array, Array]:
@@ -66,10 +75,35 @@ def _linear(d: GaussianDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray
     return normal_log_prob(x_0, means[-1], covs[-1])
 
 
+def _enumeration(d: BinomialDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray:
+    """Σ over every x_t in turn, from x_T down."""
+    size, T = x_0[0].size, d.num_timesteps
+    if size > _MOST_BITS:
+        raise ValueError(
+            f'method "exact" sums over all states of at most {_MOST_BITS} bits, not {size}: use "iwae" or "smc"'
+        )
+    x = jnp.asarray((np.arange(2**size)[:, None] >> np.arange(size) & 1).reshape(-1, *d.event_shape), jnp.uint8)
+    _, kernel = handlers.substitute(d.kernels, data=params)()
+
+    @jax.jit
+    def log_p(x_0: Array) -> Array:
+        def carried(log_p_t: Array, t: Array, to: Array) -> Array:
+            """log Σ p(to given x_t)·p(x_t)."""
+            p = kernel(x, t)
+            return jax.lax.map(lambda x_prev: jax.nn.logsumexp(p.log_prob(x_prev) + log_p_t), to, batch_size=64)
+
+        times = jnp.arange(T, 1, -1)
+        start = d.family.prior(x.shape[:1]).log_prob(x)
+        log_p_1, _ = jax.lax.scan(lambda log_p_t, t: (carried(log_p_t, t, x), None), start, times)
+        return carried(log_p_1, jnp.asarray(1), x_0)
+
+    return np.asarray(log_p(jnp.asarray(x_0)))
+
+
 def _quadrature(d: GaussianDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray:
     """On a grid as wide and as fine as draws from p ask for, checked against one of every other node."""
     draws = diagnostics.reverse_draws(d, params, jax.random.key(0), 1024, range(d.num_timesteps + 1))
-    _, kernel = handlers.substitute(d.components, data=params)()
+    _, kernel = handlers.substitute(d.kernels, data=params)()
     stds = jax.lax.map(
         lambda args: jnp.sqrt(kernel(*args).variance.min()),
         (jnp.moveaxis(jnp.asarray(draws[:, 1:]), 1, 0), jnp.arange(1, d.num_timesteps + 1)),

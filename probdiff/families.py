@@ -6,28 +6,62 @@ reads the `num_outputs` numbers that the network gives for each x_t.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
+from numpyro.distributions.kl import kl_divergence
 
+from probdiff.datasets import check_data, check_varies
 from probdiff.schedules import NoiseLevels
-from probdiff.types import Event, Time
+from probdiff.types import Event, Key, Time
 
 Covariance = Literal["fixed", "diagonal", "full"]
+
+
+class Family(Protocol):
+    """What the chains know of a family; `Gaussian` and `binomial.Binomial` are two."""
+
+    reparametrised: bool  # whether draws of it carry a gradient
+
+    @property
+    def dtype(self) -> Any: ...  # of x_t
+    @property
+    def num_outputs(self) -> int: ...
+    @property
+    def options(self) -> dict[str, Any]: ...
+    def checked(self, x: ArrayLike, name: str, minimum: int = 1) -> np.ndarray: ...
+    def units(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def state(self, x: Any) -> Event: ...
+    def network_input(self, x_t: Event) -> Event: ...
+    def step(self, x_prev: Event, noise: NoiseLevels, t: Time) -> dist.Distribution: ...
+    def marginal(self, x_0: Event, noise: NoiseLevels, t: Time) -> dist.Distribution: ...
+    def posterior(self, x_t: Event, x_0: Event, noise: NoiseLevels, t: Time) -> dist.Distribution: ...
+    def prior(self, batch_shape: tuple[int, ...] = ()) -> dist.Distribution: ...
+    def as_kernel(self, prior: dist.Distribution) -> dist.Distribution: ...
+    def kernel(self, x_t: Event, outputs: Array, noise: NoiseLevels, t: Time) -> dist.Distribution: ...
+    def twist_points(
+        self, x_0: Event, noise: NoiseLevels, t: Time, rng_key: Key, n: int
+    ) -> tuple[Array, Array, Array]: ...
+    def twist_products(self, most: int) -> tuple[Array, Array]: ...
+    def tilted(self, p: dist.Distribution, twist: "Twist") -> tuple[dist.Distribution, Array]: ...
 
 
 class Twist(NamedTuple):
     """log ψ(x) = constant + linear·z − ½ zᵀ·curvature·z at z = (x − loc)/std, x flat of size D.
 
-    `loc` (D,), `std` (), `linear` (D,); `curvature` (D, D), or (D,) where it is diagonal, not negative.
+    `loc` (D,), `std` () or (D,), `linear` (D,); `curvature` (D, D), or (D,) where it is diagonal, not negative.
     """
 
     loc: Float[Array, " D"]
-    std: Float[Array, ""]
+    std: Float[Array, "*D"]
     constant: Float[Array, ""]
     linear: Float[Array, " D"]
     curvature: Float[Array, "D *D"]
@@ -44,6 +78,7 @@ class Gaussian:
 
     event_shape: tuple[int, ...]
     covariance: Covariance
+    reparametrised = True
 
     def __post_init__(self) -> None:
         if self.covariance not in ("fixed", "diagonal", "full"):
@@ -52,10 +87,41 @@ class Gaussian:
             raise ValueError(f'event_shape is {self.event_shape}; covariance="full" wants a vector, event_shape (D,)')
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What tells one Gaussian family from another."""
+        return {"covariance": self.covariance}
+
+    def checked(self, x: ArrayLike, name: str, minimum: int = 1) -> np.ndarray:
+        """Data as the family wants them, (N, *event_shape); raises as `datasets.check_data`."""
+        return check_data(x, self.event_shape, name, minimum)
+
+    def units(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the chain's own units have zero and one: mean and standard deviation of each feature of x.
+
+        Raises `ValueError` for a feature that does not vary.
+        """
+        check_varies(x, "x")
+        return x.mean(0), x.std(0)
+
+    @property
     def num_outputs(self) -> int:
         """Network outputs per datum: D for the mean, then 0, D or D·(D+1)/2 for the covariance."""
         size = math.prod(self.event_shape)
         return size + {"fixed": 0, "diagonal": size, "full": size * (size + 1) // 2}[self.covariance]
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.result_type(float)
+
+    def state(self, x: Any) -> Event:
+        """x as the chain keeps it. Raises `TypeError` for integers."""
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise TypeError(f"x_0 has dtype {jnp.result_type(x)}; a Gaussian diffusion wants floating-point data")
+        return jnp.asarray(x, self.dtype)
+
+    def network_input(self, x_t: Event) -> Event:
+        """x_t itself."""
+        return x_t
 
     def step(self, x_prev: Event, noise: NoiseLevels, t: Time) -> dist.Distribution:
         """q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t·I), N3."""
@@ -75,6 +141,10 @@ class Gaussian:
     def prior(self, batch_shape: tuple[int, ...] = ()) -> dist.Distribution:
         """p(x_T) = N(0, I), N7."""
         return self._isotropic(jnp.zeros(batch_shape + self.event_shape), jnp.ones(()))
+
+    def as_kernel(self, prior: dist.Distribution) -> dist.Distribution:
+        """The prior in the form of a kernel, for a site that is the one or the other."""
+        return prior
 
     def kernel(self, x_t: Event, outputs: Float[Array, "*batch P"], noise: NoiseLevels, t: Time) -> dist.Distribution:
         """p(x_{t−1} given x_t) = N(f_μ(x_t, t), f_Σ(x_t, t)), N8.
@@ -108,6 +178,19 @@ class Gaussian:
     def predicted(self, x_t: Event, outputs: Float[Array, "*batch P"], shrink: Array, std: Array) -> Event:
         """x̂_0 = √ᾱ_t·x_t + √(1−ᾱ_t)·a, for `shrink` √ᾱ_t and `std` √(1−ᾱ_t), a the first D outputs."""
         return self._wide(shrink) * x_t + self._wide(std) * self._direction(outputs)
+
+    def twist_points(
+        self, x_0: Event, noise: NoiseLevels, t: Time, rng_key: Key, n: int
+    ) -> tuple[Float[Array, "n D"], Float[Array, " D"], Float[Array, ""]]:
+        """n draws of x_t, flat, from q(x_t given x_0), and their mean and standard deviation; see `Twist`."""
+        shrink, std = noise.marginal(t)
+        loc = shrink * jnp.ravel(x_0)
+        return loc + std * jax.random.normal(rng_key, (n, x_0.size)), loc, std
+
+    def twist_products(self, most: int) -> tuple[Array, Array]:
+        """Pairs of features whose products a `Twist` may have: all for at most `most` features, else squares alone."""
+        size = math.prod(self.event_shape)
+        return jnp.triu_indices(size) if size <= most else (jnp.arange(size), jnp.arange(size))
 
     def tilted(self, p: dist.Distribution, twist: Twist) -> tuple[dist.Distribution, Float[Array, "*batch"]]:
         """p(x)·ψ(x)/∫p·ψ, over x as a vector, and log ∫ p(x)·ψ(x) dx, for a `kernel` or a `prior` p: again a Gaussian.
@@ -151,3 +234,15 @@ class Gaussian:
     def _wide(self, coefficient: Float[Array, "..."]) -> Float[Array, "..."]:
         """A coefficient per datum, with an axis of length one for each axis of the event."""
         return jnp.reshape(coefficient, jnp.shape(coefficient) + (1,) * len(self.event_shape))
+
+
+def expected_log_ratio(
+    q: dist.Distribution, p: dist.Distribution, draw: Callable[[], Event]
+) -> tuple[Array, Array | float]:
+    """E_q[log p(x) − log q(x)] in closed form and zero; where there is none, its value at a draw, and log q of that."""
+    try:
+        return -kl_divergence(q, p), 0.0
+    except NotImplementedError:
+        x = draw()
+        log_q = q.log_prob(x)
+        return p.log_prob(x) - log_q, log_q

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro import handlers
 
-from probdiff.chains import GaussianDiffusion
+from probdiff.chains import Diffusion, GaussianDiffusion
 from probdiff.likelihood import LogLikelihood, block_size, in_blocks, log_mean
 from probdiff.types import Data, Event, Key, Params
 
@@ -18,7 +18,7 @@ _EXACT = 16  # features up to which the divergence is summed exactly
 _TOLERANCE = 1e-5
 
 
-def ode(d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int) -> LogLikelihood:
+def ode(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int) -> LogLikelihood:
     """The likelihood of the probability flow, which is another model than the chain with the same network.
 
     p_flow(x_0) = ∫ p(x_0 given x_1)·p_flow(x_1) dx_1: the chain's last reverse step, and for x_1 the flow
@@ -28,8 +28,10 @@ def ode(d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_dr
     q(x_1 given x_0). Beyond, the divergence is Hutchinson's estimate, unbiased in log p_flow(x_1), so the mean of
     log p(x_0 given x_1) + log p_flow(x_1) − log q(x_1 given x_0) is given, a lower bound of log p_flow(x_0).
     The network is called at log-SNRs between those it was fitted at, so with few steps the flow is a rough one.
-    x_0 (N, *event_shape) in the chain's own units; nats.
+    x_0 (N, *event_shape) in the chain's own units; nats. Raises `TypeError` for a diffusion that is not Gaussian.
     """
+    if not isinstance(d, GaussianDiffusion):
+        raise TypeError('method "ode" is for Gaussian diffusions: bits have no probability flow')
 
     def run(x: Data, key: Key) -> np.ndarray:
         return np.asarray(_log_draws(d, params, x, jax.random.split(key, (num_draws, len(x)))), np.float64)
@@ -44,7 +46,7 @@ def ode(d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_dr
 @partial(jax.jit, static_argnums=0)
 def _log_draws(d: GaussianDiffusion, params: Params, x_0: Data, rng_keys: Key) -> Float[Array, "S N"]:
     """log p(x_0 given x_1) + log p_flow(x_1) − log q(x_1 given x_0) at draws of x_1, for each datum."""
-    noise, kernel = handlers.substitute(d.components, data=params)()
+    noise, kernel = handlers.substitute(d.kernels, data=params)()
     first, last = jnp.clip(noise.log_snr[jnp.array([0, -1])], -30.0, 30.0)
 
     def one(x_0: Event, rng_key: Key) -> Array:

@@ -15,7 +15,8 @@ from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
 from scipy.special import logsumexp
 
-from probdiff.chains import GaussianDiffusion
+from probdiff.chains import Diffusion
+from probdiff.families import expected_log_ratio
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Data, Event, Key, Params, Time
 
@@ -98,17 +99,17 @@ class LogLikelihood:
 
 
 def _term(
-    d: GaussianDiffusion, noise: NoiseLevels, kernel: Callable[[Event, Time], Any], x_0: Event, rng_key: Key, t: Time
+    d: Diffusion, noise: NoiseLevels, kernel: Callable[[Event, Time], Any], x_0: Event, rng_key: Key, t: Time
 ) -> Array:
     """log p(x_0 given x_1) where t = 1, else KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t)); (N,)."""
-    q, T = d.family, d.num_timesteps
-    x_t = q.marginal(x_0, noise, t).sample(rng_key)
-    p = kernel(x_t, t)
-    kl = kl_divergence(q.posterior(x_t, x_0, noise, jnp.minimum(jnp.maximum(t, 2), T)), p)
-    return jnp.where(t == 1, p.log_prob(x_0), kl)
+    family, T = d.family, d.num_timesteps
+    x_t = family.marginal(x_0, noise, t).sample(rng_key)
+    q, p = family.posterior(x_t, x_0, noise, jnp.minimum(jnp.maximum(t, 2), T)), kernel(x_t, t)
+    ratio, _ = expected_log_ratio(q, p, lambda: q.sample(jax.random.fold_in(rng_key, 1)))
+    return jnp.where(t == 1, p.log_prob(x_0), -ratio)
 
 
-def time_probs(d: GaussianDiffusion, params: Params, x: Data, num_rows: int, rng_key: Key) -> Float[Array, " T"]:
+def time_probs(d: Diffusion, params: Params, x: Data, num_rows: int, rng_key: Key) -> Float[Array, " T"]:
     """π_t ∝ √E[L_t²], a tenth of it uniform: the importance weights of Nichol and Dhariwal 2021, eq. 18.
 
     L_t is the term of the ELBO at t. Its mean square is taken over 8,192 of the first `num_rows` rows of x, each at one
@@ -122,7 +123,7 @@ def time_probs(d: GaussianDiffusion, params: Params, x: Data, num_rows: int, rng
     t = jnp.asarray(edges)[at] + jnp.floor(jax.random.uniform(key_t, (_TERMS,)) * jnp.asarray(widths)[at])
     x_0 = x[jax.random.randint(key_rows, (_TERMS,), 0, num_rows)]
     terms = handlers.substitute(
-        lambda: _term(d, *d.components(), x_0, key_x, jnp.minimum(t.astype(int), T)), data=params
+        lambda: _term(d, *d.kernels(), x_0, key_x, jnp.minimum(t.astype(int), T)), data=params
     )()
     squares = jnp.zeros(len(widths)).at[at].add(terms**2) / jnp.bincount(at, length=len(widths))
     probs = jnp.sqrt(squares)[np.repeat(np.arange(len(widths)), widths)]
@@ -130,12 +131,12 @@ def time_probs(d: GaussianDiffusion, params: Params, x: Data, num_rows: int, rng
 
 
 @partial(jax.jit, static_argnums=0)
-def _parts(d: GaussianDiffusion, params: Params, x_0: Event, rng_key: Key) -> tuple[Array, Array]:
+def _parts(d: Diffusion, params: Params, x_0: Event, rng_key: Key) -> tuple[Array, Array]:
     """KL of the prior (N,), and the terms t = 1…T, (T, N): log p(x_0 given x_1), then the KLs."""
 
     def program() -> tuple[Array, Array]:
         q, T = d.family, d.num_timesteps
-        noise, kernel = d.components()
+        noise, kernel = d.kernels()
         terms = jax.lax.map(
             lambda args: _term(d, noise, kernel, x_0, *args), (jax.random.split(rng_key, T), jnp.arange(1, T + 1))
         )
@@ -164,7 +165,7 @@ def log_mean(log_draws: Float[np.ndarray, "S N"]) -> tuple[np.ndarray, np.ndarra
 
 
 def _elbo_blocks(
-    d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key, num_draws: int
+    d: Diffusion, params: Params, x_0: Data, rng_key: Key, num_draws: int
 ) -> Iterator[tuple[ELBOParts, Float[np.ndarray, "S n"]]]:
     """The parts of each block of rows, and the estimates of their sum that each draw gives."""
 
@@ -183,7 +184,7 @@ def _elbo_blocks(
 
 
 def elbo_draws(
-    d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
+    d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
 ) -> tuple[ELBOParts, Float[np.ndarray, "S N"]]:
     """The parts of N17 per datum of one chain, and the estimates of their sum that each draw gives, (S, N).
 
@@ -196,7 +197,7 @@ def elbo_draws(
     return whole, np.concatenate(draws, axis=1)
 
 
-def elbo(d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int) -> LogLikelihood:
+def elbo(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int) -> LogLikelihood:
     """K of `elbo_draws` per datum, a lower bound, in memory that does not grow with N·T."""
     draws = np.concatenate([draws for _, draws in _elbo_blocks(d, params, x_0, rng_key, num_draws)], axis=1)
     return LogLikelihood(draws.mean(0), draws.std(0, ddof=1) / np.sqrt(num_draws), "lower bound")

@@ -8,6 +8,7 @@ holds an `equinox.nn.Dropout` is called with `key=` as well where a fit draws it
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import equinox as eqx
 import jax
@@ -15,6 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from probdiff.types import Key
+
+
+class Recipe(Protocol):
+    def build(self, rng_key: Key, event_shape: tuple[int, ...], num_outputs: int) -> eqx.Module: ...
 
 
 def embed_log_snr(log_snr: Float[Array, ""], num_features: int) -> Float[Array, " F"]:

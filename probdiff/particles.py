@@ -14,7 +14,7 @@ from numpyro import handlers
 from numpyro.infer.elbo import get_importance_log_probs
 from scipy.special import logsumexp
 
-from probdiff.chains import GaussianDiffusion
+from probdiff.chains import Diffusion
 from probdiff.families import Twist
 from probdiff.likelihood import LogLikelihood, block_size, in_blocks, log_mean
 from probdiff.schedules import NoiseLevels
@@ -27,7 +27,7 @@ _LEAST_SIZE = 0.5  # effective particles over particles below which they are res
 
 
 @partial(jax.jit, static_argnums=0)
-def _log_weights(d: GaussianDiffusion, params: Params, x_0: Data, rng_keys: Key) -> Float[Array, "S N"]:
+def _log_weights(d: Diffusion, params: Params, x_0: Data, rng_keys: Key) -> Float[Array, "S N"]:
     def one(rng_key: Key) -> Float[Array, " N"]:
         key_p, key_q = jax.random.split(rng_key)
         model = handlers.seed(partial(d.reverse, stacked=True), key_p)
@@ -41,9 +41,9 @@ def _log_weights(d: GaussianDiffusion, params: Params, x_0: Data, rng_keys: Key)
 
 
 @partial(jax.jit, static_argnums=0)
-def _log_weight_of(d: GaussianDiffusion, params: Params, paths: Float[Array, "N T+1 *event"]) -> Float[Array, " N"]:
+def _log_weight_of(d: Diffusion, params: Params, paths: Float[Array, "N T+1 *event"]) -> Float[Array, " N"]:
     """log p(x_0…x_T) − log q(x_1…x_T given x_0) of given paths, as N13 and N5 have it."""
-    noise, kernel = handlers.substitute(d.components, data=params)()
+    noise, kernel = handlers.substitute(d.kernels, data=params)()
     x = jnp.moveaxis(paths, 1, 0)
 
     def term(args: tuple[Event, Event, Array]) -> Float[Array, " N"]:
@@ -55,7 +55,7 @@ def _log_weight_of(d: GaussianDiffusion, params: Params, paths: Float[Array, "N 
 
 
 def _weights_in_blocks(
-    d: GaussianDiffusion, params: Params, x_0: Data, rng_key: Key, num_draws: int
+    d: Diffusion, params: Params, x_0: Data, rng_key: Key, num_draws: int
 ) -> Iterator[Float[np.ndarray, "S n"]]:
     draw = lambda x, key: np.asarray(_log_weights(d, params, x, jax.random.split(key, num_draws)))  # noqa: E731
     for n, log_w in in_blocks(x_0, rng_key, draw, block_size(len(x_0), _ROWS)):
@@ -63,13 +63,13 @@ def _weights_in_blocks(
 
 
 def log_importance_weights(
-    d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
+    d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
 ) -> Float[np.ndarray, "S N"]:
     """log w = log p(x_0…x_T) − log q(x_1…x_T given x_0) for `num_draws` paths per datum, N14; shape (S, N), nats."""
     return np.concatenate(list(_weights_in_blocks(d, params, x_0, rng_key, num_draws)), axis=1)
 
 
-def iwae(d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles: int) -> LogLikelihood:
+def iwae(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles: int) -> LogLikelihood:
     """The multi-sample bound E log (1/S) Σ_s w_s ≤ log p(x_0), w of N14 from S whole paths (Burda et al. 2016).
 
     It rises to log p(x_0) with S, from the ELBO at S = 1; here S is at least 2.
@@ -81,7 +81,7 @@ def iwae(d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_p
 
 
 def upper(
-    d: GaussianDiffusion,
+    d: Diffusion,
     params: Params,
     paths: Float[np.ndarray, "N T+1 *event"],
     *,
@@ -111,9 +111,7 @@ def upper(
     return LogLikelihood(values, mcse, "upper bound", k)
 
 
-def smc(
-    d: GaussianDiffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles: int, num_draws: int
-) -> LogLikelihood:
+def smc(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles: int, num_draws: int) -> LogLikelihood:
     """An estimate of p(x_0), unbiased, by `num_draws` particle filters of `num_particles` along the chain.
 
     A filter runs from x_T to x_1 with the targets p(x_t…x_T)·ψ_t(x_t) and the proposals p(x_{t−1} given x_t)·ψ_{t−1}.
@@ -128,7 +126,7 @@ def smc(
     x_0 (N, *event_shape) in the chain's own units; nats.
     """
     S, R, size = num_particles, num_draws, int(np.prod(d.event_shape))
-    square = size <= _FULL or d.covariance == "full"
+    square = len(d.family.twist_products(_FULL)[0]) > size or d.family.options.get("covariance") == "full"
     rows = block_size(len(x_0), max(1, min(_ROWS, 2**21 // (R * S * size * (size if square else 1)))))
 
     def twisted(x: Data, rng_key: Key) -> Float[np.ndarray, "R n"]:
@@ -151,10 +149,10 @@ def smc(
 
 @partial(jax.jit, static_argnums=(0, 4, 5))
 def _filters(
-    d: GaussianDiffusion, params: Params, x_0: Data, rng_keys: Key, num_particles: int, num_draws: int
+    d: Diffusion, params: Params, x_0: Data, rng_keys: Key, num_particles: int, num_draws: int
 ) -> Float[Array, "N R"]:
     """log p̂(x_0) of each filter, for each datum."""
-    noise, kernel = handlers.substitute(d.components, data=params)()
+    noise, kernel = handlers.substitute(d.kernels, data=params)()
 
     def one_datum(x_0: Event, rng_key: Key) -> Float[Array, " R"]:
         key_twists, key_filters = jax.random.split(rng_key)
@@ -168,20 +166,20 @@ def _filters(
 type Kernel = Callable[[Event, Time], dist.Distribution]
 
 
-def _twists(d: GaussianDiffusion, noise: NoiseLevels, kernel: Kernel, x_0: Event, rng_key: Key) -> Twist:
+def _twists(d: Diffusion, noise: NoiseLevels, kernel: Kernel, x_0: Event, rng_key: Key) -> Twist:
     """ψ_1…ψ_T, each leaf with a leading axis of T."""
     size = x_0.size
-    rows, columns = jnp.triu_indices(size) if size <= _FULL else (jnp.arange(size), jnp.arange(size))
+    rows, columns = d.family.twist_products(_FULL)
+    full = len(rows) > size or size == 1
     num_points = max(500, _POINTS * (1 + size + len(rows)))
 
     def fit(below: Twist, args: tuple[Array, Key]) -> tuple[Twist, Twist]:
         t, key = args
-        shrink, std = noise.marginal(t)
-        loc = shrink * jnp.ravel(x_0)
-        z = jax.random.normal(key, (num_points, size))
-        p = kernel((loc + std * z).reshape(num_points, *x_0.shape), t)
+        x, loc, std = d.family.twist_points(x_0, noise, t, key, num_points)
+        z = (x - loc) / std
+        p = kernel(x.reshape(num_points, *x_0.shape), t)
         wanted = jnp.where(t == 1, p.log_prob(x_0), d.family.tilted(p, below)[1])
-        # Hermite polynomials, orthogonal at draws from N(0, I)
+        # orthogonal at draws from q(x_t given x_0): Hermite polynomials where that is Gaussian
         products = z[:, rows] * z[:, columns] - (rows == columns)
         features = jnp.concatenate([jnp.ones((num_points, 1)), z, products], 1)
         gram = features.T @ features / num_points + 1e-4 * jnp.eye(features.shape[1])
@@ -190,23 +188,24 @@ def _twists(d: GaussianDiffusion, noise: NoiseLevels, kernel: Kernel, x_0: Event
         constant, linear, bend = solution[0] + mean, solution[1 : 1 + size], solution[1 + size :]
         constant = constant - jnp.sum(jnp.where(rows == columns, bend, 0))
         # held convex, so that every tilted kernel is a density
-        if size <= _FULL:
+        if full:
             curvature = jnp.zeros((size, size)).at[rows, columns].add(-bend).at[columns, rows].add(-bend)
             values, vectors = jnp.linalg.eigh(curvature)
             curvature = (vectors * jnp.maximum(values, 0)) @ vectors.T
         else:
-            curvature = jnp.maximum(-2 * bend, 0)
+            curvature = jnp.maximum(-2 * bend, 0) if len(rows) else jnp.zeros(size)
         twist = Twist(loc, std, constant, linear, curvature)
         return twist, twist
 
-    blank = jnp.zeros((size, size) if size <= _FULL else size)
-    start = Twist(jnp.zeros(size), jnp.ones(()), jnp.zeros(()), jnp.zeros(size), blank)
+    blank = jnp.zeros((size, size) if full else size)
+    std = jax.eval_shape(lambda: d.family.twist_points(x_0, noise, 1, rng_key, 1))[2]
+    start = Twist(jnp.zeros(size), jnp.ones(std.shape), jnp.zeros(()), jnp.zeros(size), blank)
     T = d.num_timesteps
     return jax.lax.scan(fit, start, (jnp.arange(1, T + 1), jax.random.split(rng_key, T)))[1]
 
 
 def _filter(
-    d: GaussianDiffusion, kernel: Kernel, twists: Twist, x_0: Event, rng_key: Key, num_particles: int
+    d: Diffusion, kernel: Kernel, twists: Twist, x_0: Event, rng_key: Key, num_particles: int
 ) -> Float[Array, ""]:
     """log p̂(x_0) of one filter."""
     from blackjax.smc.resampling import systematic  # slow to import, and only this wants it

@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike
 from numpyro import handlers
 
 from probdiff import diagnostics, exact, flow, likelihood, particles, training
-from probdiff.chains import GaussianDiffusion
-from probdiff.datasets import check_data, check_varies, some, split
+from probdiff.chains import Diffusion, GaussianDiffusion
+from probdiff.datasets import some, split
 from probdiff.files import atomic_write
 from probdiff.likelihood import ELBOParts, LogLikelihood
 from probdiff.schedules import NoiseLevels
@@ -32,7 +32,7 @@ _HELD_OUT = 0.15
 
 
 def fit(
-    d: GaussianDiffusion,
+    d: Diffusion,
     x: ArrayLike | Stream,
     *,
     rng_key: Key,
@@ -70,9 +70,10 @@ def fit(
     if isinstance(x, Stream):
         if x.shape[1:] != d.event_shape:
             raise ValueError(f"x is a stream of shape {x.shape}; this diffusion has event_shape {d.event_shape}")
+        if not isinstance(d, GaussianDiffusion):
+            raise TypeError("x is a stream, of floating-point numbers; this diffusion wants bits")
     else:
-        x = check_data(x, d.event_shape, "x", minimum=2)
-        check_varies(x, "x")
+        x = d.family.checked(x, "x", minimum=2)
     num_rows = x.shape[0]
     if batch_size is not None and batch_size > num_rows:
         raise ValueError(f"batch_size is {batch_size}; x has {num_rows} rows")
@@ -83,11 +84,11 @@ def fit(
     data: np.ndarray | Stream
     if isinstance(x, Stream):
         loc, scale = x.moments()
-        data, held_out = x.standardised(loc, scale), _held_out_of_stream(x, validation)
+        data, held_out = x.standardised(loc, scale), _held_out_of_stream(d, x, validation)
     else:
-        loc, scale = x.mean(0), x.std(0)
-        kept, held_out = _hold_out(x, validation, rng_key)
-        data = _standardised(kept, loc, scale)
+        loc, scale = d.family.units(x)
+        kept, held_out = _hold_out(d, x, validation, rng_key)
+        data = _to_chain(d, kept, loc, scale)
     if few and held_out is not None and patience is None:
         patience = 20
     if patience is not None and held_out is None:
@@ -109,7 +110,7 @@ def fit(
         data,
         settings,
         rng_key=rng_key,
-        validation=None if held_out is None else _standardised(held_out, loc, scale),
+        validation=None if held_out is None else _to_chain(d, held_out, loc, scale),
         checkpoint_dir=checkpoint_dir,
         resume=resume,
         progress_bar=progress_bar,
@@ -127,7 +128,7 @@ class Fit:
     in every log density. `stacked_params` has the leading axis even for one chain.
     """
 
-    diffusion: GaussianDiffusion
+    diffusion: Diffusion
     stacked_params: Params
     stacked_losses: Float[np.ndarray, "C steps"]
     stacked_validation: Float[np.ndarray, "C checks"]
@@ -200,7 +201,10 @@ class Fit:
         draws = np.stack(
             [diagnostics.reverse_draws(self.diffusion, self._of(c), keys[c], n, times) for c in range(self.num_chains)]
         )
-        return self._squeeze(self.loc + self.scale * (draws if paths else draws[:, :, 0]))
+        draws = draws if paths else draws[:, :, 0]
+        if not np.issubdtype(draws.dtype, np.floating):  # bits have no units
+            return self._squeeze(draws)
+        return self._squeeze(self.loc + self.scale * draws)
 
     def elbo_parts(self, x: ArrayLike, *, rng_key: Key, num_draws: int = 8) -> ELBOParts:
         """The parts of the ELBO per datum, nats, in the data's own units; see `likelihood.ELBOParts`.
@@ -289,13 +293,13 @@ class Fit:
                 loc=self.loc,
                 scale=self.scale,
                 event_shape=self.diffusion.event_shape,
-                covariance=self.diffusion.covariance,
+                **self.diffusion.family.options,
                 beta=np.asarray(self.noise_levels.beta),
                 **leaves,  # type: ignore[arg-type]  # no leaf is called allow_pickle
             )
 
     @classmethod
-    def load(cls, path: str | Path, d: GaussianDiffusion) -> Self:
+    def load(cls, path: str | Path, d: Diffusion) -> Self:
         """Reads what `save` wrote for the diffusion `d`. Raises `ValueError` where it does not fit or is damaged."""
         try:
             with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as held:
@@ -304,9 +308,10 @@ class Fit:
             raise ValueError(f"{path} does not exist") from None
         except Exception as error:  # a damaged archive fails in many ways
             raise ValueError(f"{path} could not be read as a fit: {error}") from error
-        if not {"names", "beta", "event_shape", "covariance", "losses", "validation", "loc", "scale"} <= set(arrays):
+        options = d.family.options
+        if not {"names", "beta", "event_shape", *options, "losses", "validation", "loc", "scale"} <= set(arrays):
             raise ValueError(f"{path} could not be read as a fit: it holds other arrays")
-        for name, mine in (("event_shape", list(d.event_shape)), ("covariance", d.covariance)):
+        for name, mine in (("event_shape", list(d.event_shape)), *options.items()):
             if arrays[name].tolist() != mine:
                 raise ValueError(
                     f"{path} holds the fit of another diffusion: its {name} is {arrays[name].tolist()}, not {mine}"
@@ -337,8 +342,7 @@ class Fit:
 
     def standardise(self, x: ArrayLike, name: str = "x") -> np.ndarray:
         """x in the chain's own units, checked."""
-        data = check_data(x, self.diffusion.event_shape, name)
-        return _standardised(data, self.loc, self.scale)
+        return _to_chain(self.diffusion, self.diffusion.family.checked(x, name), self.loc, self.scale)
 
     def _standardise_paths(self, x: ArrayLike) -> np.ndarray:
         """x_0…x_T in the chain's own units, (C, N, T+1, *event_shape), checked."""
@@ -351,30 +355,30 @@ class Fit:
                 f'x has shape {np.shape(x)}; method "upper" wants whole paths x_0…x_T drawn from the fit, ({wanted}), '
                 "as sample(rng_key, N, paths=True) gives them"
             )
-        paths = [check_data(one, shape, "x") for one in array]
-        return _standardised(np.stack(paths), self.loc, self.scale)
+        rows = [self.diffusion.family.checked(one.reshape(-1, *shape[1:]), "x") for one in array]
+        return _to_chain(self.diffusion, np.stack(rows).reshape(array.shape), self.loc, self.scale)
 
 
-def _standardised(x: np.ndarray, loc: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return ((x - loc) / scale).astype(jnp.result_type(float))
+def _to_chain(d: Diffusion, x: np.ndarray, loc: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return ((x - loc) / scale).astype(d.family.dtype)
 
 
-def _held_out_of_stream(x: Stream, validation: ArrayLike | float | None) -> np.ndarray | None:
+def _held_out_of_stream(d: Diffusion, x: Stream, validation: ArrayLike | float | None) -> np.ndarray | None:
     if validation is None or (not np.ndim(validation) and float(np.asarray(validation)) == 0):
         return None
     if not np.ndim(validation):
         raise ValueError(f"validation is {validation}; of a stream no share is held out: give rows of data")
-    return check_data(validation, x.shape[1:], "validation")
+    return d.family.checked(validation, "validation")
 
 
 def _hold_out(
-    data: np.ndarray, validation: ArrayLike | float | None, rng_key: Key
+    d: Diffusion, data: np.ndarray, validation: ArrayLike | float | None, rng_key: Key
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The rows to fit and those held out, if any: `validation` itself, or a share of the data drawn at random."""
     if validation is None:
         return data, None
     if np.ndim(validation):
-        return data, check_data(validation, data.shape[1:], "validation")
+        return data, d.family.checked(validation, "validation")
     share = float(np.asarray(validation))
     if not 0 <= share < 1:
         raise ValueError(f"validation is {share}; it must be data, or a share of x from 0 to less than 1")
@@ -384,8 +388,8 @@ def _hold_out(
     return parts.train, parts.test
 
 
-def _initial_params(d: GaussianDiffusion, rng_key: Key) -> Params:
-    trace = handlers.trace(handlers.seed(d.components, rng_key)).get_trace()
+def _initial_params(d: Diffusion, rng_key: Key) -> Params:
+    trace = handlers.trace(handlers.seed(d.kernels, rng_key)).get_trace()
     return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
 
 

@@ -5,7 +5,7 @@ the chain's `NoiseLevels`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import equinox as eqx
 import jax
@@ -20,6 +20,12 @@ from probdiff.types import Time
 _LARGEST_BETA = 0.999  # of the schedules that rise to 1
 # of a learned schedule: where β_t is near 1 the step keeps no signal and the ELBO is flat, so that β_t would stay there
 _LARGEST_INITIAL_BETA = 0.5
+
+
+class Schedule(Protocol):
+    @property
+    def num_timesteps(self) -> int: ...
+    def __call__(self) -> "NoiseLevels": ...
 
 
 class NoiseLevels(eqx.Module):

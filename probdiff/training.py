@@ -16,12 +16,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from numpyro import handlers
-from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from tqdm.auto import tqdm
 
 from probdiff import devices, likelihood
-from probdiff.chains import GaussianDiffusion
+from probdiff.chains import Diffusion
 from probdiff.checkpoints import Checkpoints, configuration, from_first_process
+from probdiff.schedules import Schedule
 from probdiff.streams import Stream
 from probdiff.types import Data, Key, Params
 
@@ -81,15 +82,25 @@ class Trained:
     validation: np.ndarray
 
 
-def make_svi(d: GaussianDiffusion, settings: Settings) -> SVI:
+def make_svi(d: Diffusion, settings: Settings) -> SVI:
     """NumPyro's `SVI` of the objective, its loss the negative ELBO per datum of a batch."""
     reverse = partial(d.reverse, stacked=True, dropout=settings.dropout)
     forward = partial(d.forward_posterior, stacked=True)
     at_time = partial(d.reverse_at_time, dropout=settings.dropout)
+    at_time_loss = TraceMeanField_ELBO()
+    at_time_loss.can_infer_discrete = True  # by the factor "score"
+    trace: tuple[Any, Any, Any] = (reverse, forward, Trace_ELBO())
+    if not d.family.reparametrised:
+        if settings.objective == "mean_field" and _has_params(d.schedule):
+            raise ValueError(
+                'objective is "mean_field"; it has no gradient through draws of bits, which a learned schedule wants: '
+                'use "at_time", or "trace" for short chains'
+            )
+        trace = (partial(d.reverse, dropout=settings.dropout), d.forward, TraceGraph_ELBO())
     model, guide, loss = {
-        "at_time": (at_time, d.forward_at_time, TraceMeanField_ELBO()),
+        "at_time": (at_time, d.forward_at_time, at_time_loss),
         "mean_field": (reverse, forward, TraceMeanField_ELBO()),
-        "trace": (reverse, forward, Trace_ELBO()),
+        "trace": trace,
     }[settings.objective]
     rate = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
     optimizer = optax.chain(
@@ -105,6 +116,10 @@ def make_svi(d: GaussianDiffusion, settings: Settings) -> SVI:
     )
 
 
+def _has_params(schedule: Schedule) -> bool:
+    return any(site["type"] == "param" for site in handlers.trace(schedule).get_trace().values())
+
+
 def start_state(svi: SVI, x: Data, rng_keys: Key) -> tuple[Any, Params]:
     """The state of SVI before the first step, with a leading axis of C chains, and its params."""
 
@@ -116,7 +131,7 @@ def start_state(svi: SVI, x: Data, rng_keys: Key) -> tuple[Any, Params]:
     return start(rng_keys)
 
 
-def make_steps(d: GaussianDiffusion, svi: SVI, settings: Settings, mesh: Mesh | None) -> Any:
+def make_steps(d: Diffusion, svi: SVI, settings: Settings, mesh: Mesh | None) -> Any:
     """A compiled loop over steps of SVI: `run(state, average, x, num_rows, batch_keys, start, stop)`.
 
     It draws batches from the first `num_rows` rows of x, and returns the state, its params, their moving average where
@@ -154,7 +169,7 @@ def make_steps(d: GaussianDiffusion, svi: SVI, settings: Settings, mesh: Mesh | 
 
 
 def train(
-    d: GaussianDiffusion,
+    d: Diffusion,
     x: Data | Stream,
     settings: Settings,
     *,

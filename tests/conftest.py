@@ -59,7 +59,7 @@ def mlp_diffusion(covariance="full", schedule=None, event_shape=(2,), width=8, d
 
 def random_params(d, seed=0):
     """Params of a diffusion, the network's jittered so that no output is zero."""
-    trace = handlers.trace(handlers.seed(d.components, jax.random.key(seed))).get_trace()
+    trace = handlers.trace(handlers.seed(d.kernels, jax.random.key(seed))).get_trace()
     params = {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
     rng = np.random.default_rng(seed)
     network = params["network$params"]

@@ -276,7 +276,7 @@ def test_condition_and_substitute_fix_a_site(stacked):
     for seed in (0, 1):
         one = handlers.seed(handlers.condition(reverse, data={"x_1": jnp.ones(2)}), seed)
         x_0 = handlers.trace(one).get_trace()["x_0"]["fn"]
-        kernel = handlers.substitute(d.components, data=params)()[1](jnp.ones(2), 1)
+        kernel = handlers.substitute(d.kernels, data=params)()[1](jnp.ones(2), 1)
         np.testing.assert_allclose(x_0.mean, kernel.mean)
         np.testing.assert_allclose(x_0.covariance_matrix, kernel.covariance_matrix)
 
@@ -451,9 +451,7 @@ def test_dropout_is_drawn_for_each_datum_and_only_where_asked_for():
     params, x_t = random_params(d), jnp.ones((3, 2))
 
     def mean(diffusion, seed, dropout):
-        program = handlers.substitute(
-            handlers.seed(lambda: diffusion.components(dropout)[1](x_t, 2), seed), data=params
-        )
+        program = handlers.substitute(handlers.seed(lambda: diffusion.kernels(dropout)[1](x_t, 2), seed), data=params)
         return np.asarray(program().mean)
 
     whole = mean(d, 0, False)

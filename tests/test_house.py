@@ -8,7 +8,7 @@ import pytest
 import probdiff
 
 ORDER = [
-    "types", "files", "datasets", "streams", "schedules", "families", "networks", "chains",
+    "types", "files", "datasets", "streams", "schedules", "families", "binomial", "networks", "chains",
     "likelihood", "particles", "flow", "devices", "checkpoints", "training", "diagnostics", "plots",
     "derivation.statements", "derivation.ledger", "derivation.estimates", "derivation.pair", "derivation.gradient",
     "derivation.linear",

@@ -73,7 +73,7 @@ def test_the_best_network_reaches_it_and_others_do_not(name):
 
     def elbo(change):
         d = GaussianDiffusion((1,), schedules.Fixed(UNEVEN), Moved(change), "diagonal")
-        site = handlers.trace(handlers.seed(d.components, 0)).get_trace()["network$params"]
+        site = handlers.trace(handlers.seed(d.kernels, 0)).get_trace()["network$params"]
         params = {"network$params": site["value"]}
         return likelihood.elbo_draws(d, params, x_0, rng_key=jax.random.key(1), num_draws=2)[0].elbo
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from numpyro import handlers
 from numpyro.infer import TraceMeanField_ELBO
 
-from probdiff.chains import GaussianDiffusion
+from probdiff.chains import Diffusion
 from probdiff.datasets import check_data
 from probdiff.derivation import bound_rows, chain_rows
 from probdiff.derivation.evidence import Evidence, Finding, NotApplicable, Wrong
@@ -77,8 +77,8 @@ def check(
     error with probability at most `failure_rate`, to the accuracy with which means of draws are normal. Tolerances of
     rounding are those of JAX's current precision; gradients are always taken in float64.
 
-    Raises `ValueError` or `TypeError` for arguments that cannot be meant; what is wrong with the programs is in the
-    rows.
+    Raises `ValueError` or `TypeError` for arguments that cannot be meant, such as chains of bits; what is wrong with
+    the programs is in the rows.
     """
     for name, program in (("model", model), ("guide", guide), ("f_mu", f_mu), ("f_sigma", f_sigma)):
         if not callable(program) and not (program is None and name.startswith("f_")):
@@ -101,6 +101,10 @@ def check(
         rows = jax.random.permutation(key_rows, len(data))[:max_data]
         data = data[np.sort(np.asarray(rows))]
     pair = Pair(model, guide, jnp.asarray(data, jnp.result_type(float)), params)
+    for chain in () if pair.q.problems or pair.p.problems else (pair.q, pair.p):
+        everywhere = chain.kernels(dict.fromkeys(range(pair.num_timesteps + 1), pair.x))
+        if any(kernel.support.is_discrete for kernel in everywhere.values()):
+            raise TypeError(f"{chain.name} draws discrete x_t; only pairs with densities can be checked")
     given_beta = None if beta is None else np.asarray(beta, np.float64)
     if given_beta is not None and given_beta.shape != (pair.num_timesteps,):
         raise ValueError(f"beta has shape {given_beta.shape}; these chains have T = {pair.num_timesteps}")
@@ -113,14 +117,14 @@ def check(
     return Ledger(tuple(rows_by_tag[statement.tag] for statement in STATEMENTS), title, failure_rate)
 
 
-def typical_params(d: GaussianDiffusion, rng_key: Key) -> Params:
+def typical_params(d: Diffusion, rng_key: Key) -> Params:
     """Initial params of a diffusion, the network's moved at random by a tenth of their size, so that none is zero."""
-    trace = handlers.trace(handlers.seed(d.components, rng_key)).get_trace()
+    trace = handlers.trace(handlers.seed(d.kernels, rng_key)).get_trace()
     params = {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
     return jittered(params, ["network$params"], rng_key)
 
 
-def forms(d: GaussianDiffusion) -> dict[str, tuple[Program, Program, Any]]:
+def forms(d: Diffusion) -> dict[str, tuple[Program, Program, Any]]:
     """The other forms of a diffusion's pair, whose ELBO is the same K, N17: name → (model, guide, elbo)."""
     return {
         "TraceMeanField_ELBO": (d.reverse, d.forward_posterior, TraceMeanField_ELBO()),

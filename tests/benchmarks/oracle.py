@@ -56,7 +56,7 @@ def shortfall(fitted, target, best, *, num_data):
     loc, scale = fitted.loc[0], fitted.scale[0]
     inside = datasets.GaussianMixture(target.weights, (target.means - loc) / scale, target.covariances / scale**2)
     d = probdiff.GaussianDiffusion((1,), schedules.Fixed(fitted.beta), oracle.BestNetwork(inside), "diagonal")
-    params = {"network$params": handlers.trace(handlers.seed(d.components, 0)).get_trace()["network$params"]["value"]}
+    params = {"network$params": handlers.trace(handlers.seed(d.kernels, 0)).get_trace()["network$params"]["value"]}
     x_0 = fitted.standardise(np.asarray(target.sample(jax.random.key(3), num_data)))
     with_best, with_fitted = (
         likelihood.elbo_draws(d, params, x_0, rng_key=jax.random.key(4), num_draws=2)[0].elbo

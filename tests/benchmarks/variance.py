@@ -6,8 +6,8 @@ Every way takes 512 network evaluations a step, and the same time. Σ over param
 the network's params and for the schedule's, over that of independent uniform times; bootstrap range of nine tenths.
 
 - `even`: one uniform draw shifts an even grid over 1…T; what `reverse_at_time` does.
-- `weighted`: an even grid through the distribution of `likelihood.time_probs`, p(t) ∝ √E[L_t²] of the loss at t, a tenth
-  of it uniform, and weights 1/(T·p(t)); what `fit` does.
+- `weighted`: an even grid through `likelihood.time_probs`, p(t) ∝ √E[L_t²] of the loss at t, a tenth of it uniform, and
+  weights 1/(T·p(t)); what `fit` does.
 - `by gradient`: the same with p(t) ∝ √E‖∇L_t‖² of the network's gradient, the best that weights can do for it.
 - `4 a datum`, `T a datum`: even, on 512/4 data with four times each, or 512/T data with all times.
 """
@@ -40,7 +40,7 @@ def loss_at(d, params, x_0, t, key):
 
     def program():
         q, T = d.family, d.num_timesteps
-        noise, kernel = d.components()
+        noise, kernel = d.kernels()
         x_t = q.marginal(x_0, noise, t).sample(key)
         p = kernel(x_t, t)
         kl = kl_divergence(q.posterior(x_t, x_0, noise, jnp.maximum(t, 2)), p)
