@@ -75,6 +75,8 @@ def fit(
 ) -> None:  # fmt: skip
     """Fit a diffusion, and leave a run folder with figures, a table and an ArviZ file."""
     options = {name: value for name, value in locals().items() if name not in ("out", "resume", "processes")}
+    if processes < 0:
+        raise ValueError(f"--processes is {processes}; it must be 1 or more, or 0 for one of those started elsewhere")
     if processes != 1 and not jax.distributed.is_initialized():
         if processes:
             raise typer.Exit(_start_processes(processes))

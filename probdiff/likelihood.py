@@ -112,8 +112,9 @@ def _term(
 def time_probs(d: Diffusion, params: Params, x: Data, num_rows: int, rng_key: Key) -> Float[Array, " T"]:
     """π_t ∝ √E[L_t²], a tenth of it uniform: the importance weights of Nichol and Dhariwal 2021, eq. 18.
 
-    L_t is the term of the ELBO at t. Its mean square is taken over 8,192 of the first `num_rows` rows of x, each at one
-    t: for each t up to 64 of them, and for longer chains in 64 ranges of t, of one t at the start and wider later on.
+    L_t is the term of the ELBO at t. Its mean square is taken over 8,192 draws of the `num_rows` rows of x, each at
+    one t: for each t up to 64 of them, and for longer chains in at most 64 ranges of t, of one t at the start and wider
+    later on.
     """
     T = d.num_timesteps
     edges = np.unique(np.geomspace(1, T + 1, 65).round()) if T > _RANGES else np.arange(1, T + 2)

@@ -81,7 +81,8 @@ class ResidualMLP:
 
     `dropout` is the share of the units that are left out, drawn anew for each datum, where a fit draws dropout.
     `dtype`, such as "bfloat16", is that of the units; params and outputs stay as they are, by default all are alike.
-    Raises `ValueError` where width or depth is no integer of at least 1, dropout not in [0, 1) or dtype no float's.
+    Raises `ValueError` where width or depth is no integer of at least 1, num_features not even and at least 2, dropout
+    not in [0, 1) or dtype no float's.
     """
 
     width: int = 128
@@ -95,6 +96,8 @@ class ResidualMLP:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        if isinstance(self.num_features, bool) or self.num_features not in range(2, 1 << 20, 2):
+            raise ValueError(f"num_features is {self.num_features!r}; it must be an even integer of at least 2")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
         if self.dtype not in (None, "float16", "bfloat16", "float32", "float64"):

@@ -58,13 +58,14 @@ def fit(
     standard deviation, each feature apart; a `streams.stream` of a file stands for rows that do not fit in memory.
     `batch_size` is 512, and at most the rows that are fitted.
     `num_chains` independent fits run side by side. Among several devices, those of `mesh` or else all, chains and
-    batches are shared out over the mesh's axes "chain" and "data"; see `devices.choose_mesh`. `validation` is data
+    batches are shared out over the mesh's axes "chain" and "data"; see `devices.choose_mesh`. Several processes must be
+    given the same arguments, all of x too. `validation` is data
     (M, *event_shape) on which the best params are chosen, or the share of x to hold out for that, 0 for none.
 
     A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
     network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
-    elsewhere none of the three. Below 10 rows none are held out. `check_every` is 100 steps with validation data and
-    500 without. See `training.Settings` for the rest and `training.train` for checkpoints.
+    elsewhere none of the three. Below 10 rows, and of a stream, none are held out. `check_every` is 100 steps with
+    validation data and 500 without. See `training.Settings` for the rest and `training.train` for checkpoints.
     Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
     """
     if isinstance(x, Stream):
@@ -79,7 +80,7 @@ def fit(
         raise ValueError(f"batch_size is {batch_size}; x has {num_rows} rows")
     few = num_rows < _ROWS_PER_FEATURE * math.prod(d.event_shape)
     rng_key = check_key(rng_key)
-    if validation is None and few and round(_HELD_OUT * num_rows) >= 2:
+    if validation is None and few and not isinstance(x, Stream) and round(_HELD_OUT * num_rows) >= 2:
         validation = _HELD_OUT
     data: np.ndarray | Stream
     if isinstance(x, Stream):

@@ -406,6 +406,7 @@ def test_any_equinox_module_can_be_the_network():
         (lambda: mlp_diffusion(event_shape=(2.5,)), "event_shape is"),
         (lambda: mlp_diffusion(event_shape=(4, 4)), "wants a vector"),
         (lambda: networks.ResidualMLP(width=0), "width is 0"),
+        (lambda: networks.ResidualMLP(num_features=15), "num_features is 15"),
         (
             lambda: GaussianDiffusion(
                 (2,), schedules.cosine(3), OwnNetwork(eqx.nn.Linear(3, 4, key=jax.random.key(0))), "full"

@@ -118,3 +118,13 @@ def test_a_stream_of_another_shape_and_a_share_to_hold_out_are_refused(tmp_path)
         probdiff.fit(
             mlp_diffusion(), streams.stream(bad(tmp_path, "y.npy", X)), rng_key=jax.random.key(0), validation=0.1
         )
+
+
+def test_a_stream_of_many_features_and_few_rows_is_fitted_without_held_out_rows(tmp_path):
+    x = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    d = mlp_diffusion(event_shape=(8,))
+    fit = probdiff.fit(
+        d, streams.stream(tmp_path / "x.npy"), rng_key=jax.random.key(0), num_steps=3, progress_bar=False
+    )
+    assert fit.validation.size == 0
