@@ -82,9 +82,9 @@ class Binomial:
         return M * math.prod(self.event_shape) + (M if M > 1 else 0)
 
     def state(self, x: Any) -> Event:
-        """x as the chain keeps it: bytes that are 0 or 1. Raises `TypeError` for complex numbers."""
-        if not jnp.issubdtype(jnp.result_type(x), jnp.bool_) and not jnp.isrealobj(x):
-            raise TypeError(f"x_0 has dtype {jnp.result_type(x)}; a binomial diffusion wants bits, 0 or 1")
+        """x as the chain keeps it: bytes. Raises `ValueError` where entries, if known, are not 0 or 1."""
+        if not isinstance(x, jax.core.Tracer) and not np.isin(x, (0, 1)).all():
+            raise ValueError("x_0 has entries that are not 0 or 1; a binomial diffusion wants bits")
         return jnp.asarray(x).astype(jnp.uint8)
 
     def network_input(self, x_t: Event) -> Event:

@@ -44,6 +44,7 @@ _DATA = (
 _PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 20 for real data, 0 else]"
 _COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features with 100 rows for each, diagonal else]"
 _PROCESSES = "processes that share the fit, started here; 0: this is one of those that SLURM or Open MPI started"
+_NEWER_OPTIONS = {"binary": False, "base_rate": 0.5, "components": 1}  # that earlier runs do not hold
 _EVALUATED = 500  # held-out rows in the DataTree
 _DRAWS = 200
 
@@ -205,7 +206,7 @@ class Run:
     @classmethod
     def open(cls, folder: Path) -> "Run":
         try:
-            options = json.loads((folder / "run.json").read_text())
+            options = _NEWER_OPTIONS | json.loads((folder / "run.json").read_text())
         except FileNotFoundError:
             raise ValueError(f"{folder} holds no finished run") from None
         except ValueError as error:

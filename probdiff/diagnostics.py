@@ -237,7 +237,12 @@ def marginals(dt: xr.DataTree, *, seed: int = 0, num_permutations: int = 399) ->
     rng = np.random.default_rng(seed)
     signs = np.concatenate([np.ones(n), -np.ones(n)])
     labels = np.stack([signs, *(rng.permutation(signs) for _ in range(num_permutations))]).astype(np.float32) / n
-    rhat = az.rhat(dt, var_names=["x"])["x"].to_numpy() if C > 1 else np.full((len(times), len(features)), np.nan)
+    rhat = np.full((len(times), len(features)), np.nan)
+    if C > 1:
+        # draws of a bit lie equally far from their median, so that the R̂ of the tails has no variance to divide by
+        method = "rank" if np.issubdtype(posterior.dtype, np.floating) else "z_scale"
+        with np.errstate(invalid="ignore"):  # nor has a bit that is constant
+            rhat = az.rhat(dt, var_names=["x"], method=method)["x"].to_numpy()
     frames, largest = [], np.full(len(labels), -np.inf)
     for c in range(C):
         both = np.concatenate([posterior[c, :n].to_numpy(), forward[c, :n].to_numpy()]).astype(

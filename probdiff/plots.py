@@ -45,9 +45,10 @@ def samples(dt: xr.DataTree, *, most: int = 2000) -> Figure:
 
 def _principal(x: np.ndarray, data: np.ndarray) -> np.ndarray:
     """x on the two leading principal components of the standardised data, each in its standard deviations."""
-    scaled = (data - data.mean(0)) / data.std(0)
-    _, singular, axes = np.linalg.svd(scaled, full_matrices=False)
-    return (x - data.mean(0)) / data.std(0) @ axes[:2].T / singular[:2] * math.sqrt(len(data))
+    mean, std = data.mean(0), data.std(0)
+    std = np.where(std > 0, std, 1)  # a bit may be the same in all data
+    _, singular, axes = np.linalg.svd((data - mean) / std, full_matrices=False)
+    return (x - mean) / std @ axes[:2].T / singular[:2] * math.sqrt(len(data))
 
 
 def _images(data: np.ndarray, drawn: np.ndarray) -> Figure:

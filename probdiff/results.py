@@ -54,8 +54,9 @@ def fit(
 ) -> "Fit":
     """Fits β_t and the reverse kernels to data by SVI, maximising the ELBO of N17.
 
-    x (N, *event_shape), floating-point, in the data's own units: the chain runs on x less its mean and over its
-    standard deviation, each feature apart; a `streams.stream` of a file stands for rows that do not fit in memory.
+    x (N, *event_shape), in the data's own units. For a Gaussian chain it is floating-point, and the chain runs on x
+    less its mean and over its standard deviation, each feature apart; a `streams.stream` of a file stands for rows that
+    do not fit in memory. For a binomial chain it is bits, 0 or 1 of any dtype, which stay as they are.
     `batch_size` is 512, and at most the rows that are fitted.
     `num_chains` independent fits run side by side. Among several devices, those of `mesh` or else all, chains and
     batches are shared out over the mesh's axes "chain" and "data"; see `devices.choose_mesh`. Several processes must be
@@ -238,8 +239,8 @@ class Fit:
         | "iwae" | lower bound | `num_particles` whole paths from q; k̂ of their weights; `particles.iwae` |
         | "smc" | estimate | `num_draws` twisted filters of `num_particles`; `particles.smc` |
         | "upper" | upper bound | x are paths (N, T+1, *event_shape) of `sample(..., paths=True)`; `particles.upper` |
-        | "ode" | estimate | of the flow, not the chain; a lower bound of it beyond 16 features; `flow.ode` |
-        | "exact" | exact | linear-Gaussian chains, and chains of one dimension; needs no rng_key; `exact.exact` |
+        | "ode" | estimate | of a Gaussian chain's flow; a lower bound of it beyond 16 features; `flow.ode` |
+        | "exact" | exact | linear-Gaussian chains, one dimension, up to 12 bits; needs no rng_key; `exact.exact` |
 
         Raises `ValueError` or `TypeError` for an x of another shape, of integers, or with entries that are not finite,
         for counts below 2 (3 particles for "upper"), and for a chain that "exact" cannot do.
@@ -356,8 +357,9 @@ class Fit:
                 f'x has shape {np.shape(x)}; method "upper" wants whole paths x_0…x_T drawn from the fit, ({wanted}), '
                 "as sample(rng_key, N, paths=True) gives them"
             )
-        rows = [self.diffusion.family.checked(one.reshape(-1, *shape[1:]), "x") for one in array]
-        return _to_chain(self.diffusion, np.stack(rows).reshape(array.shape), self.loc, self.scale)
+        check = self.diffusion.family.checked
+        paths = [np.stack([check(one[:, t], f"x at t = {t}") for t in range(shape[0])], axis=1) for one in array]
+        return _to_chain(self.diffusion, np.stack(paths), self.loc, self.scale)
 
 
 def _to_chain(d: Diffusion, x: np.ndarray, loc: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -3,14 +3,15 @@
 import numpy as np
 
 
-def best_elbo(sequences, beta, num_draws=1000, base_rate=0.5, seed=0):
+def best_elbo(sequences, beta, num_draws):
     """K* of the best bitwise-independent kernels for equally likely `sequences` (M, D), and its standard error, nats.
 
     The best p(x_{t−1} given x_t) has the marginals of q(x_{t−1} given x_t) = Σ_m q(m given x_t)·q(x_{t−1} given x_t,
     x_0 = m). So each term of K is E_{x_t} Σ_m q(m given x_t)·KL(q(x_{t−1} given x_t, m) ‖ p(x_{t−1} given x_t)): x_t is
     drawn, and x_0 given x_t is summed out. q(x_T) must be π in every bit, so that K has no prior term.
     """
-    rng, (M, D), T = np.random.default_rng(seed), sequences.shape, len(beta)
+    base_rate = 0.5
+    rng, (M, D), T = np.random.default_rng(0), sequences.shape, len(beta)
     x_0 = sequences.astype(float)
     keep = np.concatenate([[1.0], np.cumprod(1 - beta)])
     if keep[-1] > 1e-12:

@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from heartbeat import best_elbo
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
 from numpyro.infer import TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.util import log_density
 from scipy import stats
+from scipy.special import rel_entr
 
 import probdiff
-from probdiff import derivation, networks, schedules
+from probdiff import datasets, derivation, networks, schedules
 from probdiff.binomial import Binomial, Bits
 
 KEY = jax.random.key(0)
@@ -96,14 +98,13 @@ def test_the_kernel_is_bayes_rule_where_the_network_knows_the_other_bits():
 
 def test_kl_of_bits_keeps_its_digits():
     rng = np.random.default_rng(0)
-    a = rng.normal(0, 6, 2000)
-    b = a + np.where(rng.uniform(size=2000) < 0.5, 1, 0.01) * rng.normal(size=2000)
-    with jax.enable_x64(True):
-        p, q = (stats.bernoulli(1 / (1 + np.exp(-v))) for v in (a, b))
-        exact = sum(np.exp(p.logpmf(k)) * (p.logpmf(k) - q.logpmf(k)) for k in (0, 1))
-    of_ours = kl_divergence(Bits(jnp.asarray(a, jnp.float32)), Bits(jnp.asarray(b, jnp.float32)))
-    rounded = np.abs(a) + np.abs(b)  # of the log-odds themselves
-    np.testing.assert_allclose(of_ours, exact, rtol=1e-4, atol=1e-7 * rounded.max() * np.abs(a - b).max() / 5)
+    a = rng.normal(0, 4, 2000).astype(np.float32)
+    for size in (3.0, 0.1, 0.01, 0.001):
+        b = a + np.float32(size) * rng.choice([-1, 1], 2000).astype(np.float32)
+        (p, not_p), (q, not_q) = ((-np.logaddexp(0, -v), -np.logaddexp(0, v)) for v in (np.float64(a), np.float64(b)))
+        exact = np.exp(p) * (p - q) + np.exp(not_p) * (not_p - not_q)
+        of_ours = kl_divergence(Bits(jnp.asarray(a)), Bits(jnp.asarray(b)))
+        np.testing.assert_allclose(of_ours, exact, rtol=2e-3)
     far = kl_divergence(Bits(jnp.array([0.0, 25.0, -25.0])), Bits(jnp.array([25.0, -25.0, 0.0])))
     assert np.all(np.isfinite(far))
 
@@ -259,6 +260,10 @@ def test_bad_input_is_refused_by_name():
         with pytest.raises(ValueError, match="components is"):
             probdiff.BinomialDiffusion((2,), schedules.harmonic(3), networks.ResidualMLP(), components=components)
     fit = probdiff.fit(d, x, rng_key=KEY, num_steps=2, progress_bar=False)
+    with pytest.raises(ValueError, match="x_0 has entries that are not 0 or 1"):
+        handlers.seed(d.forward, KEY)(x + 0.5)
+    with pytest.raises(ValueError, match=r"x at t = 2 has entries 3.0 in row\(s\) 1"):
+        fit.log_likelihood(np.where(np.arange(24).reshape(3, 4, 2) == 13, 3, 0), rng_key=KEY, method="upper")
     with pytest.raises(TypeError, match='method "ode" is for Gaussian'):
         fit.log_likelihood(x, rng_key=KEY, method="ode")
     with pytest.raises(TypeError, match="q draws discrete x_t"):
@@ -267,3 +272,26 @@ def test_bad_input_is_refused_by_name():
     wide_fit = probdiff.fit(wide, np.eye(13), rng_key=KEY, num_steps=2, progress_bar=False)
     with pytest.raises(ValueError, match="at most 12 bits, not 13"):
         wide_fit.log_likelihood(np.eye(13), method="exact")
+
+
+def test_the_best_products_of_bits_are_those_of_enumeration_and_a_fit_comes_near():
+    heart, T = datasets.Heartbeat(6, 3), 4
+    schedule, x = schedules.harmonic(T), heart.sequences
+    family, noise, states = Binomial((6,), 0.5, 1), schedule(), jnp.asarray(all_bits(6))
+    exact = 0.0
+    for t in range(1, T + 1):
+        q_t = np.exp([family.marginal(jnp.asarray(m), noise, t).log_prob(states) for m in x])  # (m, x_t)
+        share = q_t / q_t.sum(0)
+        of_m = np.stack(
+            [family.posterior(states, jnp.asarray(m), noise, t).mean if t > 1 else np.tile(m, (64, 1)) for m in x]
+        )  # (m, x_t, bit)
+        best = np.einsum("ms,msd->sd", share, np.float64(of_m))
+        kl = rel_entr(of_m, best) + rel_entr(1 - of_m, 1 - best)
+        exact -= np.sum(q_t / len(x) * kl.sum(-1))
+    value, error = best_elbo(x, schedule.beta, 20_000)
+    assert error < 0.01
+    assert abs(value - exact) < 4 * error
+    d = probdiff.BinomialDiffusion((6,), schedule, networks.ResidualMLP(32, 1))
+    fit = probdiff.fit(d, np.tile(x, (600, 1)), rng_key=KEY, num_steps=1500, batch_size=256, progress_bar=False)
+    bound = fit.log_likelihood(np.tile(x, (300, 1)), rng_key=KEY, num_draws=20)
+    assert exact - 0.02 * np.log(2) - 4 * bound.mcse < bound.mean < exact + 4 * bound.mcse

@@ -129,6 +129,38 @@ def test_sample_writes_draws_in_the_units_of_the_data(own, probdiff, suffix):
     assert 5 < draws[:, 1].std() < 60
 
 
+def test_a_run_made_before_there_were_bits_is_still_read(own, probdiff):
+    options = json.loads((own / "run.json").read_text())
+    for name in ("binary", "base_rate", "components"):
+        del options[name]
+    (own / "run.json").write_text(json.dumps(options))
+    assert probdiff("sample", own, "--out", "draws.npy", "-n", 5)[0] == 0
+
+
+def test_a_table_of_bits_is_fitted_and_drawn_from(tmp_path, probdiff):
+    bits = pd.DataFrame(np.random.default_rng(0).integers(0, 2, size=(300, 3)), columns=["a", "b", "c"])
+    bits["never"] = 0
+    bits.to_csv("bits.csv", index=False)
+    code, _, error = probdiff("fit", "bits.csv", *QUICK)
+    assert code
+    assert "--binary" in error
+    code, _, error = probdiff("fit", "bits.csv", "--binary", "--covariance=full", *QUICK)
+    assert code
+    assert "--covariance is of Gaussian chains" in error
+    code, printed, error = probdiff("fit", "bits.csv", "--binary", "--components=2", *QUICK)
+    assert not code, error
+    assert "base rate 0.5, components 2" in printed
+    assert "warning" not in error
+    summary = pd.read_csv(tmp_path / "runs" / "bits" / "summary.csv")
+    assert np.isfinite(summary["worst R-hat"]).all()
+    run_folder = tmp_path / "runs" / "bits"
+    assert {path.stem for path in run_folder.glob("*.png")} == FIGURES
+    assert probdiff("sample", run_folder, "--out", "draws.csv", "-n", 50)[0] == 0
+    draws = pd.read_csv("draws.csv")
+    assert list(draws) == ["a", "b", "c", "never"]
+    assert set(np.unique(draws)) == {0, 1}
+
+
 def test_resume_of_a_finished_run_says_the_same(own, probdiff):
     before = (own / "fit.npz").read_bytes()
     code, _, err = probdiff("fit", "own.csv", *QUICK, "--resume")
