@@ -57,11 +57,10 @@ def fit(
     x (N, *event_shape), in the data's own units. For a Gaussian chain it is floating-point, and the chain runs on x
     less its mean and over its standard deviation, each feature apart; a `streams.stream` of a file stands for rows that
     do not fit in memory. For a binomial chain it is bits, 0 or 1 of any dtype, which stay as they are.
-    `batch_size` is 512, and at most the rows that are fitted.
-    `num_chains` independent fits run side by side. Among several devices, those of `mesh` or else all, chains and
-    batches are shared out over the mesh's axes "chain" and "data"; see `devices.choose_mesh`. Several processes must be
-    given the same arguments, all of x too. `validation` is data
-    (M, *event_shape) on which the best params are chosen, or the share of x to hold out for that, 0 for none.
+    `batch_size` is 512, and at most the rows that are fitted. `num_chains` independent fits run side by side. Among
+    several devices, those of `mesh` or else all, chains and batches are shared out over the mesh's axes "chain" and
+    "data"; see `devices.choose_mesh`. Several processes must be given the same arguments, all of x too. `validation` is
+    data (M, *event_shape) on which the best params are chosen, or the share of x to hold out for that, 0 for none.
 
     A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
     network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
