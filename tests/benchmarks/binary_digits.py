@@ -69,12 +69,12 @@ def main():
 
     tried = {
         (size, count): mixture_log_p(mixture(inner, np.random.default_rng(0), size, count), held).mean()
-        for size in (10, 20, 40, 60, 80) for count in (0.1, 0.3, 1.0)
+        for size in (20, 40, 80, 160, 320) for count in (0.1, 0.3, 1.0)
     }  # fmt: skip
     size, count = max(tried, key=tried.get)
     fits = [mixture_log_p(mixture(train, np.random.default_rng(seed), size, count), test) for seed in range(5)]
     add("mixture of Bernoullis", fits, f"{size} components, {count} added")
-    tried = {c: autoregressive_log_p(inner, held, c).mean() for c in (0.01, 0.03, 0.1, 0.3, 1.0)}
+    tried = {c: autoregressive_log_p(inner, held, c).mean() for c in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
     penalty = max(tried, key=tried.get)
     add("logistic autoregressive", [autoregressive_log_p(train, test, penalty)], f"C = {penalty}")
     for T in (50, 200):
