@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
+from probdiff.devices import from_first_process
 from probdiff.files import atomic_write, check_space
 from probdiff.streams import Stream
 from probdiff.types import Data, Key
@@ -38,7 +38,8 @@ def configuration(
     """What must be the same in the run that a checkpoint goes on with."""
     with np.printoptions(threshold=10**9, precision=17):
         program = repr(d)
-    whole = [x.shape, x.loc, x.scale] if isinstance(x, Stream) else [x]
+    # mean and standard deviation stand for the rows of a file
+    whole = [x.shape, x.starts, x.loc, x.scale] if isinstance(x, Stream) else [x]
     return {
         **settings,
         "diffusion": program,
@@ -50,9 +51,26 @@ def configuration(
 
 
 class Checkpoints:
-    """The two newest checkpoints of a run, written by Orbax, each with a digest of its files."""
+    """The two newest checkpoints of a run, written by Orbax, each with a digest of its files.
+
+    Of several processes the first alone reads and writes; what it reads, and its errors, all of them have.
+    """
 
     def __init__(self, directory: Path, configuration: dict[str, Any], resume: bool) -> None:
+        from_first_process(lambda: self._open(directory, configuration, resume))
+
+    def save(self, check: int, tree: Any) -> None:
+        from_first_process(lambda: self._save(check, tree))
+
+    def restore(self, template: Any) -> tuple[int, Any]:
+        """The newest whole checkpoint, with a warning for each damaged one; (0, template) where there is none."""
+        check, leaves = from_first_process(self._restore)
+        return check, template if leaves is None else _fill(template, leaves)
+
+    def close(self) -> None:
+        from_first_process(lambda: self._manager.close())
+
+    def _open(self, directory: Path, configuration: dict[str, Any], resume: bool) -> None:
         import orbax.checkpoint as ocp  # slow to import, and not every fit wants it
 
         directory = directory.absolute()
@@ -84,7 +102,7 @@ class Checkpoints:
             ),
         )
 
-    def save(self, check: int, tree: Any) -> None:
+    def _save(self, check: int, tree: Any) -> None:
         leaves = {f"{i:04}": leaf for i, leaf in enumerate(_raw(tree))}
         # on a full disk Orbax's threads fill the terminal before they fail
         check_space(self._directory, 2 * sum(leaf.nbytes for leaf in leaves.values()) + 100_000)
@@ -95,17 +113,16 @@ class Checkpoints:
         except Exception as error:  # Orbax passes on what its storage says, in many classes
             raise OSError(f"could not write a checkpoint to {self._directory}: {_first_line(error)}") from error
 
-    def restore(self, template: Any) -> tuple[int, Any]:
-        """The newest whole checkpoint, with a warning for each damaged one; (0, template) where there is none."""
+    def _restore(self) -> tuple[int, list[np.ndarray] | None]:
         for check in sorted(self._manager.all_steps(), reverse=True):
             finished = self._digest_file(check).exists()  # else the run was killed before its checkpoint counted
             if finished and self._digest_file(check).read_text() == self._digest_of_files(check):
                 held = self._manager.restore(check, args=self._ocp.args.StandardRestore())
-                return check, _fill(template, [np.asarray(held[name]) for name in sorted(held)])
+                return check, [np.asarray(held[name]) for name in sorted(held)]
             if finished:
-                warnings.warn(f"checkpoint {check} in {self._directory} is damaged; an older one is used", stacklevel=3)
+                warnings.warn(f"checkpoint {check} in {self._directory} is damaged; an older one is used", stacklevel=5)
             self._manager.delete(check)
-        return 0, template
+        return 0, None
 
     def _digest_file(self, check: int) -> Path:
         return self._directory / "digests" / f"{check}.sha256"
@@ -117,17 +134,6 @@ class Checkpoints:
             content = file.read_bytes()
             digest.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
         return digest.hexdigest()
-
-    def close(self) -> None:
-        self._manager.close()
-
-
-def from_first_process(check: int, progress: Any) -> tuple[int, Any]:
-    """What the first of several processes has restored, in all of them."""
-    if jax.process_count() == 1:
-        return check, progress
-    found = multihost_utils.broadcast_one_to_all((np.asarray(check), _raw(progress)))
-    return int(found[0]), _fill(progress, found[1])
 
 
 def _fill(template: Any, leaves: list[np.ndarray]) -> Any:

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +22,7 @@ import pandas as pd
 import typer
 from numpyro import handlers
 
-from probdiff import datasets, derivation, diagnostics, families, networks, plots, schedules
+from probdiff import datasets, derivation, devices, diagnostics, families, networks, plots, schedules
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.files import atomic_write
 from probdiff.results import Fit
@@ -47,6 +50,7 @@ _PROCESSES = "processes that share the fit, started here; 0: this is one of thos
 _NEWER_OPTIONS = {"binary": False, "base_rate": 0.5, "components": 1}  # that earlier runs do not hold
 _EVALUATED = 500  # held-out rows in the DataTree
 _DRAWS = 200
+_GRACE = 3.0  # seconds
 
 
 @app.command()
@@ -85,8 +89,7 @@ def fit(
     first = jax.process_index() == 0
     run = Run(out or Path("runs") / Path(data).stem, options)
     d, data_split = run.prepare()
-    if first:
-        run.check_free(resume)
+    devices.from_first_process(lambda: run.check_free(resume))
     train, patience_chosen = data_split.train, run.patience(data_split)
     if first:
         print(
@@ -312,20 +315,49 @@ class Run:
 
 
 def _start_processes(n: int) -> int:
-    """Runs this command in n processes of this machine, joined over loopback; the first exit code that is not 0."""
+    """Runs this command in n processes of this machine, joined over loopback; the exit code of the first that fails.
+
+    The first process alone prints, but for the errors of another where those are its own.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     start = f"import sys, jax; jax.distributed.initialize({address!r}, {n}, int(sys.argv.pop(1)))"
     start += "; from probdiff.cli import main; main()"
-    running = [subprocess.Popen([sys.executable, "-c", start, str(i), *sys.argv[1:]]) for i in range(n)]
-    try:
-        while all(process.poll() in (None, 0) for process in running) and any(p.poll() is None for p in running):
-            time.sleep(0.1)
-    finally:
-        for process in running:
-            process.kill()
-    return next((code for code in (process.wait() for process in running) if code), 0)
+    with tempfile.TemporaryFile("w+") as unshown:
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", start, str(i), *sys.argv[1:]],
+                stdout=subprocess.DEVNULL if i else None,
+                stderr=unshown if i else None,
+            )
+            for i in range(n)
+        ]
+        try:
+            while (failed := _failed(running)) is None and any(process.poll() is None for process in running):
+                time.sleep(0.1)
+            if failed is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    running[0].wait(_GRACE)  # an error of all processes is the first one's to tell
+                failed = 0 if running[0].poll() else failed
+        finally:
+            for process in running:
+                process.kill()
+            codes = [process.wait() for process in running]
+        if failed is None:
+            return 0
+        code = codes[failed]
+        if code < 0:
+            name = signal.Signals(-code).name
+            print(f"probdiff: process {failed} of {n} was ended by {name}; is memory short?", file=sys.stderr)
+        elif failed:
+            unshown.seek(0)
+            print(unshown.read().rstrip(), file=sys.stderr)
+        return code if code > 0 else 128 - code
+
+
+def _failed(running: list[subprocess.Popen]) -> int | None:
+    return next((i for i, process in enumerate(running) if process.poll()), None)
 
 
 def _digest(x: np.ndarray) -> str:

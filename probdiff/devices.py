@@ -1,11 +1,15 @@
-"""Where the arrays of a fit lie: one device, or a mesh of devices with the axes "chain" and "data"."""
+"""Where the arrays of a fit lie, on one device or a mesh of them, and what several processes tell each other."""
 
+import hashlib
 import math
-from collections.abc import Callable
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,8 +19,9 @@ AXES = ("chain", "data")
 def choose_mesh(mesh: Mesh | None, num_chains: int, batch_size: int) -> Mesh | None:
     """`mesh`, checked; without one, all devices where there are several, and None where there is one.
 
-    As many devices as divide `num_chains` hold chains of their own; the others share each batch. Raises `ValueError`
-    for other axes than "chain" and "data", and where an axis does not divide its count.
+    The greatest common divisor of their number and `num_chains` is how many groups of devices hold chains of their
+    own; the devices of a group share each batch. Raises `ValueError` for other axes than "chain" and "data", and where
+    an axis does not divide its count; warns where devices of this process are left idle.
     """
     if mesh is None:
         devices = jax.devices()
@@ -24,10 +29,17 @@ def choose_mesh(mesh: Mesh | None, num_chains: int, batch_size: int) -> Mesh | N
             return None
         chains = math.gcd(num_chains, len(devices))
         shares = math.gcd(batch_size, len(devices) // chains)
-        if chains * shares < len(devices) and jax.process_count() > 1:
-            raise ValueError(
-                f"batch_size is {batch_size} and num_chains {num_chains}; among {len(devices)} devices of "
-                f"{jax.process_count()} processes batch_size must be a multiple of {len(devices) // chains}"
+        if chains * shares < len(devices):
+            wanted = f"batch_size is {batch_size} and num_chains {num_chains}; for {len(devices)} devices"
+            if jax.process_count() > 1:
+                raise ValueError(
+                    f"{wanted} of {jax.process_count()} processes batch_size must be a multiple of "
+                    f"{len(devices) // chains}"
+                )
+            warnings.warn(
+                f"{wanted} to be used batch_size must be a multiple of {len(devices) // chains}; "
+                f"{chains * shares} are used",
+                stacklevel=4,
             )
         mesh = Mesh(np.array(devices[: chains * shares]).reshape(chains, shares), AXES)
     if not isinstance(mesh, Mesh) or not set(mesh.axis_names) <= set(AXES):
@@ -85,6 +97,43 @@ def fetch(tree: Any, mesh: Mesh | None) -> Any:
         return tree
     whole = jax.jit(lambda tree: tree, out_shardings=_sharding(mesh))(tree)
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+
+
+def from_first_process[Result](compute: Callable[[], Result]) -> Result:
+    """What `compute` returns in the first of several processes, which alone runs it; where it raises, all raise that.
+
+    The result is to have NumPy arrays alone, so that it comes to the other processes bit by bit.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    sent = np.zeros(0, np.uint8)
+    if jax.process_index() == 0:
+        try:
+            outcome: tuple[Any, Exception | None] = compute(), None
+        except Exception as raised:  # whatever it is, it is raised again in every process
+            outcome = None, raised
+        sent = np.frombuffer(pickle.dumps(outcome), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.uint32(len(sent))))
+    sent = sent if len(sent) else np.zeros(size, np.uint8)
+    result, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
+    if error is not None:
+        raise error
+    return result
+
+
+def check_same(arguments: Mapping[str, Any]) -> None:
+    """Raises `ValueError` in every process where an argument's `repr` is not the same in all of them."""
+    if jax.process_count() == 1:
+        return
+    digests = [np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8) for value in arguments.values()]
+    of_each = np.asarray(multihost_utils.process_allgather(np.stack(digests)))  # (processes, arguments, bytes)
+    other = np.argwhere((of_each != of_each[0]).any(-1))
+    if len(other):
+        process, argument = other[0]
+        raise ValueError(
+            f"{list(arguments)[argument]} is not the same in every process: process {process} has another than "
+            "process 0; give all of them the same arguments, all of x too"
+        )
 
 
 def _sharding(mesh: Mesh, *axes: str) -> NamedSharding:

@@ -126,9 +126,11 @@ def time_probs(d: Diffusion, params: Params, x: Data, num_rows: int, rng_key: Ke
     terms = handlers.substitute(
         lambda: _term(d, *d.kernels(), x_0, key_x, jnp.minimum(t.astype(int), T)), data=params
     )()
-    squares = jnp.zeros(len(widths)).at[at].add(terms**2) / jnp.bincount(at, length=len(widths))
+    largest = jnp.max(jnp.abs(terms))
+    squares = jnp.zeros(len(widths)).at[at].add((terms / largest) ** 2) / jnp.bincount(at, length=len(widths))
     probs = jnp.sqrt(squares)[np.repeat(np.arange(len(widths)), widths)]
-    return 0.9 * probs / probs.sum() + 0.1 / T
+    known = (largest > 0) & jnp.isfinite(largest)
+    return jnp.where(known, 0.9 * probs / probs.sum(), 0.9 / T) + 0.1 / T
 
 
 @partial(jax.jit, static_argnums=0)

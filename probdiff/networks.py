@@ -104,7 +104,9 @@ class ResidualMLP:
             raise ValueError(f'dtype is {self.dtype!r}; it must be "bfloat16", "float16", "float32", "float64" or None')
 
     def build(self, rng_key: Key, event_shape: tuple[int, ...], num_outputs: int) -> ResidualMLPModule:
-        """The initialised module for data of `event_shape`."""
+        """The initialised module for data of `event_shape`. Raises `ValueError` for float64 where JAX has it off."""
+        if self.dtype == "float64" and not jax.config.jax_enable_x64:
+            raise ValueError('dtype is "float64"; turn it on in JAX first: jax.config.update("jax_enable_x64", True)')
         keys = iter(jax.random.split(rng_key, 2 * self.depth + 2))
         first = Dense(math.prod(event_shape), self.width, key=next(keys))
         blocks = [Dense(self.width, self.width, key=next(keys)) for _ in range(self.depth)]

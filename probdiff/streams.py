@@ -12,7 +12,7 @@ import numpy as np
 from probdiff.datasets import check_data, frame_numbers
 
 _BUFFER_BYTES = 2**28
-_MOMENT_ROWS = 2**16
+_READ_BYTES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Stream:
         from sklearn.preprocessing import StandardScaler
 
         scaler = StandardScaler()
-        step = max(1, _MOMENT_ROWS // self._block_rows)
+        step = max(1, _READ_BYTES // (_bytes(self.shape) * self._block_rows))
         for i in range(0, len(self), step):
             rows = self._read(i, min(i + step, len(self)))
             rows = check_data(rows, self.shape[1:], f"{self.path} from row {self.starts[i]}")
@@ -68,9 +68,9 @@ class Stream:
         return replace(self, loc=loc, scale=scale)
 
     def buffer_rows(self, num_rows: int) -> int:
-        """The rows of the whole blocks nearest to `num_rows`: at most the file, and 256 MiB or one block."""
-        most = min(num_rows, _BUFFER_BYTES // (4 * math.prod(self.shape[1:])))
-        return self._block_rows * max(1, min(round(most / self._block_rows), len(self)))
+        """The rows of the whole blocks among `num_rows`: one block at least, and else at most the file and 256 MiB."""
+        most = min(num_rows, _BUFFER_BYTES // _bytes(self.shape))
+        return self._block_rows * max(1, min(most // self._block_rows, len(self)))
 
     def buffers(self, num_rows: int, first: int = 0) -> Iterator[np.ndarray]:
         """Without end, buffers of at most `buffer_rows` from blocks in shuffled order, each block once in each pass.
@@ -85,23 +85,30 @@ class Stream:
         yield from buffers.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
 
 
-def stream(path: str | Path, columns: Sequence[str] | None = None, block_rows: int = 4096) -> Stream:
+def _bytes(shape: tuple[int, ...]) -> int:
+    """Of a row, as float32."""
+    return 4 * max(1, math.prod(shape[1:]))
+
+
+def stream(path: str | Path, columns: Sequence[str] | None = None, block_rows: int | None = None) -> Stream:
     """The rows of a .npy or .parquet file that need not fit in memory, to be given to `fit` in place of x.
 
     A step's batch is drawn from a buffer of shuffled blocks, and a new buffer is read at every check. So rows should
-    not lie in an order that matters over more than a block: `block_rows` of a .npy file, a row group of .parquet.
+    not lie in an order that matters over more than a block: `block_rows` of a .npy file, by default 4,096 or 16 MiB,
+    or a row group of .parquet. Memory holds three buffers, of 256 MiB each or of one block where that is larger.
     Raises `ValueError` for a file that is not there, is of another kind, or does not hold floating-point numbers.
     """
     path = Path(path)
     if path.suffix not in (".npy", ".parquet") or not path.exists():
         raise ValueError(f"{path} is no .npy or .parquet file that exists; those can be read by the block")
-    if block_rows < 1:
+    if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows is {block_rows}; it must be at least 1")
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             shape, names = array.shape, None
-            starts = np.append(np.arange(0, shape[0], block_rows), shape[0])
+            rows = block_rows or max(1, min(4096, _READ_BYTES // _bytes(shape)))
+            starts = np.append(np.arange(0, shape[0], rows), shape[0])
         else:
             import pyarrow.parquet as parquet
 

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Float
 from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from tqdm.auto import tqdm
 
 from probdiff import devices, likelihood
 from probdiff.chains import Diffusion
-from probdiff.checkpoints import Checkpoints, configuration, from_first_process
+from probdiff.checkpoints import Checkpoints, configuration
 from probdiff.schedules import Schedule
 from probdiff.streams import Stream
 from probdiff.types import Data, Key, Params
@@ -185,10 +186,11 @@ def train(
     The rows of each batch are drawn on the device, with replacement; those of a `Stream` from one buffer after the
     other, a new one after every check. With `validation` data, what is checked is a moving average of the params over
     the last hundred steps or so, and each chain keeps that of its best check. With `checkpoint_dir`, `resume=True` goes
-    on from the newest whole checkpoint and ends with the same bits as a run that never stopped. Among several devices
-    chains and batches are shared out as `devices.choose_mesh` says.
+    on from the newest whole checkpoint and ends with the same bits as a run that never stopped, on the same devices.
+    Among several devices chains and batches are shared out as `devices.choose_mesh` says.
     Raises `FloatingPointError` where the loss stops being finite; `FileExistsError` where `checkpoint_dir` holds
-    a run and `resume` is false; `ValueError` where it holds a run of another configuration.
+    a run and `resume` is false; `ValueError` where it holds a run of another configuration, and where several processes
+    are given different arguments. Of several processes all raise what the first does.
     """
     if resume and checkpoint_dir is None:
         raise ValueError("resume wants the folder of the run to go on with; pass checkpoint_dir=")
@@ -209,13 +211,12 @@ def train(
     }
     run = make_steps(d, svi, settings, mesh)
     first_check, checkpoints = 0, None
+    if checkpoint_dir is not None or jax.process_count() > 1:
+        arguments = configuration(asdict(settings), d, x, validation, rng_key, state)
+        devices.check_same(arguments | {"checkpoint_dir": checkpoint_dir is None})
     if checkpoint_dir is not None:
-        if jax.process_index() == 0:
-            checkpoints = Checkpoints(
-                Path(checkpoint_dir), configuration(asdict(settings), d, x, validation, rng_key, state), resume
-            )
-            first_check, progress = checkpoints.restore(progress)
-        first_check, progress = from_first_process(first_check, progress)
+        checkpoints = Checkpoints(Path(checkpoint_dir), arguments, resume)
+        first_check, progress = checkpoints.restore(progress)
     bar = tqdm(
         total=settings.num_steps,
         disable=None if progress_bar and jax.process_index() == 0 else True,
@@ -240,21 +241,13 @@ def train(
             progress["best"] = devices.fetch(params, mesh)
         else:
             checked = devices.fetch(average, mesh)
-            elbo = [
-                likelihood.elbo(d, chain(checked, c), validation, rng_key=validation_key, num_draws=2).mean
-                for c in range(settings.num_chains)
-            ]
-            if not np.all(np.isfinite(elbo)):
-                raise FloatingPointError(
-                    f"the validation ELBO is {elbo} at step {stop}; look for outliers in validation"
-                )
+            elbo = devices.from_first_process(partial(_validate, d, checked, validation, validation_key, stop))
             best = np.fmax.reduce(progress["validation"], axis=1, initial=-np.inf)
             progress["validation"][:, check] = elbo
             progress["best"] = _choose(elbo > best, checked, progress["best"])
-        if checkpoint_dir is not None:
+        if checkpoints is not None:
             progress["state"], progress["average"] = devices.fetch((state, average), mesh)
-            if checkpoints is not None:
-                checkpoints.save(check + 1, progress)
+            checkpoints.save(check + 1, progress)
         bar.set_postfix_str(f"loss {losses.mean():.4f} nats per datum", refresh=False)
         bar.update(stop - start)
     bar.close()
@@ -281,6 +274,16 @@ def _buffers(
         whole = devices.place_rows(np.asarray(x), mesh, len(x))
         while True:
             yield whole, len(x)
+
+
+def _validate(d: Diffusion, params: Params, validation: Data, rng_key: Key, step: int) -> Float[np.ndarray, " C"]:
+    """The ELBO of each chain, nats per datum."""
+    C = len(jax.tree.leaves(params)[0])
+    bounds = [likelihood.elbo(d, chain(params, c), validation, rng_key=rng_key, num_draws=2) for c in range(C)]
+    elbo = np.array([bound.mean for bound in bounds])
+    if not np.all(np.isfinite(elbo)):
+        raise FloatingPointError(f"the validation ELBO is {elbo} at step {step}; look for outliers in validation")
+    return elbo
 
 
 def chain(params: Params, c: int) -> Params:

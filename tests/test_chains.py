@@ -484,3 +484,5 @@ def test_units_of_half_precision_leave_params_and_outputs_alone():
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {x.dtype}
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         networks.ResidualMLP(dtype="int8")
+    with jax.enable_x64(False), pytest.raises(ValueError, match='dtype is "float64"; turn it on'):
+        networks.ResidualMLP(dtype="float64").build(jax.random.key(0), (2,), 4)

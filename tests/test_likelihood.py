@@ -87,9 +87,21 @@ def test_time_probs_follow_the_root_mean_square_of_the_terms():
 
 def test_time_probs_of_a_long_chain_are_those_of_ranges_of_times():
     d = linear_diffusion("diagonal", schedule=schedules.cosine(1000))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(400, 2)))
-    found = np.asarray(likelihood.time_probs(d, random_linear(d), x, len(x), jax.random.key(0)))
-    assert found.shape == (1000,)
+    x, params = jnp.asarray(np.random.default_rng(0).normal(size=(400, 2))), random_linear(d)
+    found = np.asarray(likelihood.time_probs(d, params, x, len(x), jax.random.key(0)))
+    starts = np.flatnonzero(np.diff(found, prepend=-1))
+    widths = np.diff(np.append(starts, 1000))
+    assert 30 < len(starts) <= 64
     assert found.sum() == pytest.approx(1, rel=1e-5)
-    assert found.min() >= 0.1 / 1000
-    assert 30 < len(np.unique(found)) <= 64
+    terms = np.concatenate([likelihood._parts(d, params, x, jax.random.key(i))[1] for i in (1, 2)], axis=1)
+    root = np.sqrt(np.add.reduceat(np.square(terms).mean(1), starts) / widths)
+    # about 150 draws for each range: other seeds stay within a fifth
+    np.testing.assert_allclose(found[starts], 0.9 * root / (root @ widths) + 0.1 / 1000, rtol=0.4)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e30])
+def test_time_probs_of_terms_without_a_mean_square_are_even(size, monkeypatch):
+    monkeypatch.setattr(likelihood, "_term", lambda d, noise, kernel, x_0, key, t: size * jnp.ones(len(x_0)))
+    d, x = linear_diffusion("diagonal"), jnp.zeros((4, 2))
+    found = likelihood.time_probs(d, random_linear(d), x, 4, jax.random.key(0))
+    np.testing.assert_allclose(found, 1 / d.num_timesteps, rtol=1e-5)

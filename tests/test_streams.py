@@ -76,6 +76,33 @@ def test_a_stopped_fit_of_a_stream_goes_on_with_the_same_bits(tmp_path, monkeypa
     np.testing.assert_array_equal(resumed.losses, whole.losses)
 
 
+def test_blocks_and_buffers_are_bounded_in_bytes(tmp_path, monkeypatch):
+    """Rows of 4 KiB: blocks of 16 KiB have 4, buffers of 64 KiB 16, and the pass for the moments reads as little."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(100, 1024)).astype(np.float32))
+    monkeypatch.setattr(streams, "_READ_BYTES", 2**14)
+    monkeypatch.setattr(streams, "_BUFFER_BYTES", 2**16 + 1)
+    stream = streams.stream(tmp_path / "x.npy")
+    assert stream[0].shape == (4, 1024)
+    assert stream.buffer_rows(10**6) == 16
+    assert stream.buffer_rows(15) == 12
+    read, sizes = streams.Stream._read, []
+    monkeypatch.setattr(
+        streams.Stream, "_read", lambda self, first, last: (sizes.append(last - first), read(self, first, last))[1]
+    )
+    stream.moments()
+    assert sizes == [1] * 25
+
+
+def test_a_checkpoint_of_other_blocks_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", X)
+    options = {"rng_key": jax.random.key(0), "num_steps": 2, "batch_size": 8, "progress_bar": False}
+    folder = tmp_path / "run"
+    probdiff.fit(mlp_diffusion(), streams.stream(tmp_path / "x.npy", block_rows=50), checkpoint_dir=folder, **options)
+    other = streams.stream(tmp_path / "x.npy", block_rows=100)
+    with pytest.raises(ValueError, match="holds a run of another configuration: its x is"):
+        probdiff.fit(mlp_diffusion(), other, checkpoint_dir=folder, resume=True, **options)
+
+
 def bad(tmp_path, name, x):
     np.save(tmp_path / name, x)
     return tmp_path / name

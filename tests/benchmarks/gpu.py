@@ -8,7 +8,7 @@ products in full float32, and must agree to 1e-4 relative; with TF32 products th
 own compiled loop runs, at-time objective, learned β_t of T = 1000, D = 64, diagonal covariance, params and β_t in
 float32: networks from 3×128 to 8×4096, batches from 512 to 262,144, products in float32, TF32 or bfloat16. A step
 takes 6 flops for each weight and datum; `share` is of the rate measured for products of 8192×8192 matrices in the
-same precision. The loop runs under a transfer guard, so that a round trip to the host inside it would be an error.
+same precision. The loop is one executable without a callback to the host, called under a transfer guard.
 Last, 10⁶ ancestral samples at T = 1000 from a 3×128 network. Without a GPU `--small` runs all of it at a small size
 on the CPU.
 """
@@ -68,6 +68,8 @@ def measure(depth, width, batch, name, rates, steps):
             state, params = training.start_state(svi, x[:512], keys)
             arguments = jax.device_put((state, None, x, len(x), keys, 0, steps))
             run = training.make_steps(d, svi, settings, None).lower(*arguments).compile()
+            if "callback" in run.as_text():
+                raise AssertionError("the loop calls back to the host")
         with jax.transfer_guard("disallow"):
             seconds = alternate({"": lambda: jax.block_until_ready(run(*arguments))}, 5)[""] / steps
     except jax.errors.JaxRuntimeError as error:
