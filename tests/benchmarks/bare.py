@@ -29,14 +29,18 @@ def init(key, D, width, depth, T):
     return {"network": network, "logits": jnp.log(beta) - jnp.log1p(-beta)}
 
 
+def silu(x):
+    return x * (0.5 + 0.5 * jnp.tanh(0.5 * x))  # faster on a CPU than `jax.nn.silu`
+
+
 def apply(network, x, log_snr):
     wavelength = jnp.geomspace(4.0, 64.0, 8)
     angle = 2 * jnp.pi * jnp.clip(log_snr, -20, 20)[:, None] / wavelength
     embedding = jnp.concatenate([jnp.sin(angle), jnp.cos(angle), jnp.tanh(log_snr / 8)[:, None]], 1)
     h = x @ network["first"][0] + network["first"][1]
     for (w, b), shift in zip(network["blocks"], network["shifts"], strict=True):
-        h = h + jax.nn.silu(h + embedding @ shift) @ w + b
-    return jax.nn.silu(h) @ network["last"][0] + network["last"][1]
+        h = h + silu(h + embedding @ shift) @ w + b
+    return silu(h) @ network["last"][0] + network["last"][1]
 
 
 def levels(logits):

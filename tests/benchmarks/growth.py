@@ -37,10 +37,10 @@ print(jax_done - start, done - jax_done, time.perf_counter() - start)
 """
 
 
-def program(T, times="weighted"):
+def program(T):
     """A chunk of steps as a lowered program, and its arguments."""
     d, x = diffusion(2, 128, 3, T), jnp.asarray(np.random.default_rng(0).normal(size=(20_000, 2)), jnp.float32)
-    settings = training.Settings(20_000, 512, 1, check_every=STEPS, times=times)
+    settings = training.Settings(20_000, 512, 1, check_every=STEPS, times="weighted")
     svi, keys = training.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
     state, _ = training.start_state(svi, x[:512], keys)
     return training.make_steps(d, svi, settings, None), (state, None, x, len(x), keys, 0, STEPS)
@@ -56,9 +56,6 @@ def main():
             compiled[T] = (run.lower(*arguments).compile(), arguments)
             seconds_to_compile[T].append(time.perf_counter() - start)
     steps = {T: (lambda c=c, a=a: jax.block_until_ready(c(*a))) for T, (c, a) in compiled.items()}
-    run, arguments = program(10, "even")
-    even = run.lower(*arguments).compile()
-    steps["even"] = lambda: jax.block_until_ready(even(*arguments))
     seconds = alternate(steps, 7)
     rows = []
     for T in TIMES:
@@ -73,7 +70,6 @@ def main():
             "memory, MiB": round(size / 2**20, 2),
         })  # fmt: skip
         rows[-1]["memory over T = 10"] = round(rows[-1]["memory, MiB"] / rows[0]["memory, MiB"], 3)
-    print(f"weighted times over even ones, T = 10: {spread(seconds[10] / seconds['even'])}")
     for T in (40, 1000):
         found = [
             [float(s) for s in subprocess.run(
