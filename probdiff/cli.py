@@ -46,9 +46,10 @@ _DATA = (
 )
 _PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 20 for real data, 0 else]"
 _COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features with 100 rows for each, diagonal else]"
+_SCHEDULE = f"{', '.join(_SCHEDULES)} [default: learned-betas, of bits harmonic]"
 _PROCESSES = "processes that share the fit, started here; 0: this is one of those that SLURM or Open MPI started"
 _NEWER_OPTIONS = {"binary": False, "base_rate": 0.5, "components": 1}  # that earlier runs do not hold
-_EVALUATED = 500  # held-out rows in the DataTree
+_EVALUATED = 500  # held-out rows in the DataTree, where T ≤ 40; fewer in longer chains, for the same time
 _DRAWS = 200
 _GRACE = 3.0  # seconds
 
@@ -63,8 +64,8 @@ def fit(
     binary: Annotated[bool, typer.Option("--binary", help="the file holds bits, 0 or 1")] = False,
     test_fraction: Annotated[float, typer.Option(help="rows of real data that are held out")] = 0.2,
     noise: Annotated[float, typer.Option(help="noise of the swiss roll")] = 0.5,
-    num_timesteps: Annotated[int, typer.Option(help="T")] = 40,
-    schedule: Annotated[str, typer.Option(help=", ".join(_SCHEDULES))] = "learned-betas",
+    num_timesteps: Annotated[int | None, typer.Option(help="T [default: 40, of bits 200]")] = None,
+    schedule: Annotated[str | None, typer.Option(help=_SCHEDULE)] = None,
     covariance: Annotated[families.Covariance | None, typer.Option(help=_COVARIANCE)] = None,
     base_rate: Annotated[float, typer.Option(help="of bits: π, the rate of x_T")] = 0.5,
     components: Annotated[int, typer.Option(help="of bits: products of Bernoullis that a reverse kernel mixes")] = 1,
@@ -80,6 +81,9 @@ def fit(
 ) -> None:  # fmt: skip
     """Fit a diffusion, and leave a run folder with figures, a table and an ArviZ file."""
     options = {name: value for name, value in locals().items() if name not in ("out", "resume", "processes")}
+    of_bits = binary or data in datasets.BITS
+    options["num_timesteps"] = (200 if of_bits else 40) if num_timesteps is None else num_timesteps
+    options["schedule"] = schedule or ("harmonic" if of_bits else "learned-betas")
     if processes < 0:
         raise ValueError(f"--processes is {processes}; it must be 1 or more, or 0 for one of those started elsewhere")
     if processes != 1 and not jax.distributed.is_initialized():
@@ -94,7 +98,7 @@ def fit(
     if first:
         print(
             f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
-            f"T = {num_timesteps}, {schedule}, {_described(d)}, {num_chains} chain(s)",
+            f"T = {d.num_timesteps}, {options['schedule']}, {_described(d)}, {num_chains} chain(s)",
             flush=True,
         )
     start = time.perf_counter()
@@ -269,9 +273,11 @@ class Run:
         start = time.perf_counter()
         test, key = data_split.test, jax.random.key(self.options["seed"] + 2)
         key_elbo, key_tree = jax.random.split(key)
-        bound = fitted.log_likelihood(test, rng_key=key_elbo, num_draws=20)
+        shorter = min(1.0, 40 / fitted.diffusion.num_timesteps)
+        bound = fitted.log_likelihood(test, rng_key=key_elbo, num_draws=max(2, round(20 * shorter)))
         exact = None if data_split.density is None else np.asarray(data_split.density.log_prob(test), np.float64)
-        dt = fitted.to_datatree(test[:_EVALUATED], rng_key=key_tree, num_draws=_DRAWS, features=data_split.features)
+        evaluated = test[: max(50, round(_EVALUATED * shorter))]
+        dt = fitted.to_datatree(evaluated, rng_key=key_tree, num_draws=_DRAWS, features=data_split.features)
         compared = diagnostics.marginals(dt)
         rows = []
         for c in range(fitted.num_chains):

@@ -313,6 +313,7 @@ def frame_numbers(frame: Any, name: str, integers: bool = False) -> np.ndarray:
     return frame.to_numpy(np.float64)
 
 
+BITS = ("heartbeat", "binary-digits")  # of those that `load` knows by name
 READERS = {".npy": "load", ".csv": "read_csv", ".parquet": "read_parquet"}
 
 
