@@ -11,7 +11,7 @@ ORDER = [
     "types", "files", "datasets", "streams", "schedules", "families", "binomial", "networks", "chains",
     "likelihood", "particles", "flow", "devices", "checkpoints", "training", "diagnostics", "plots",
     "derivation.statements", "derivation.ledger", "derivation.estimates", "derivation.pair", "derivation.gradient",
-    "derivation.linear",
+    "derivation.linear", "derivation.oracle_of_bits",
     "derivation.quadrature", "derivation.feller", "derivation.oracle", "derivation.evidence", "derivation.chain_rows",
     "derivation.bound_rows", "derivation", "exact", "results", "cli",
 ]  # fmt: skip
