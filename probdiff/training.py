@@ -40,10 +40,10 @@ class Settings:
     `objective`: "at_time" (one t per datum), "mean_field" (all t, closed-form KLs) or "trace" (all t, N17 as it is).
     `times`, of "at_time": "even", all t alike, or "weighted", by `likelihood.time_probs`, anew at every check.
     The learning rate falls from `learning_rate`, and from ten times that for the schedule's params, to zero along a
-    cosine over `num_steps`; `gradient_clip` bounds the global norm of the gradient of the loss per datum. Progress,
-    validation and checkpoints come every `check_every` steps. With `patience`, fitting stops when no chain's
-    validation ELBO has risen for that many checks. With `dropout`, the losses are those of a network with units left
-    out.
+    cosine over `num_steps`; `gradient_clip` bounds the global norm of the gradient of the loss per datum, for bits that
+    of the network's params alone. Progress, validation and checkpoints come every `check_every` steps. With `patience`,
+    fitting stops when no chain's validation ELBO has risen for that many checks. With `dropout`, the losses are those
+    of a network with units left out.
     """
 
     num_steps: int = 20_000
@@ -104,11 +104,12 @@ def make_svi(d: Diffusion, settings: Settings) -> SVI:
         "trace": trace,
     }[settings.objective]
     rate = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(settings.gradient_clip),
-        optax.adam(rate),
-        optax.masked(optax.scale(_SCHEDULE_RATE), lambda params: {name: name != "network$params" for name in params}),
-    )
+    of_network = lambda params: {name: name == "network$params" for name in params}  # noqa: E731
+    of_schedule = lambda params: {name: name != "network$params" for name in params}  # noqa: E731
+    clip = optax.clip_by_global_norm(settings.gradient_clip)
+    if not d.family.reparametrised:  # the score function is large at rare draws, and small without them
+        clip = optax.masked(clip, of_network)
+    optimizer = optax.chain(clip, optax.adam(rate), optax.masked(optax.scale(_SCHEDULE_RATE), of_schedule))
     return SVI(
         handlers.scale(model, scale=1 / settings.batch_size),
         handlers.scale(guide, scale=1 / settings.batch_size),

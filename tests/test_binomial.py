@@ -15,7 +15,7 @@ from scipy import stats
 from scipy.special import rel_entr
 
 import probdiff
-from probdiff import datasets, derivation, networks, schedules
+from probdiff import datasets, derivation, networks, schedules, training
 from probdiff.binomial import Binomial, Bits
 from probdiff.derivation.oracle_of_bits import best_terms
 
@@ -309,3 +309,19 @@ def test_the_best_products_of_bits_are_those_of_enumeration_and_a_fit_comes_near
 def test_the_oracle_of_bits_refuses_what_cannot_be_meant(arguments, words):
     with pytest.raises(ValueError, match=words):
         best_terms(*arguments, num_draws=10)
+
+
+@pytest.mark.parametrize(("make", "clipped"), [(probdiff.BinomialDiffusion, False), (probdiff.GaussianDiffusion, True)])
+def test_a_rare_large_score_of_bits_is_not_clipped(make, clipped):
+    """Adam's second update: 1 after gradients of 1 and 1000 that are clipped to 1, else m/√v of the two."""
+    svi = training.make_svi(make((2,), schedules.LearnedBetas(3), networks.ResidualMLP(8, 1)), training.Settings())
+    params, sizes = {"beta": jnp.zeros(3), "network$params": jnp.zeros(2)}, []
+    state = svi.optim.init(params)
+    for size in (1.0, 1000.0):
+        before = svi.optim.get_params(state)["beta"][0]
+        state = svi.optim.update(
+            {"beta": jnp.array([size, 0.0, 0.0]), "network$params": jnp.zeros(2)}, state, value=0.0
+        )
+        sizes.append(float(before - svi.optim.get_params(state)["beta"][0]))
+    ratio = (0.9 * 0.1 + 0.1 * 1000) / 0.19 / np.sqrt((0.999 * 0.001 + 0.001 * 1e6) / 0.001999)
+    assert sizes[1] / sizes[0] == pytest.approx(1.0 if clipped else ratio, rel=1e-3)
