@@ -12,8 +12,8 @@ ORDER = [
     "likelihood", "particles", "flow", "devices", "checkpoints", "training", "diagnostics", "plots",
     "derivation.statements", "derivation.ledger", "derivation.estimates", "derivation.pair", "derivation.gradient",
     "derivation.linear",
-    "derivation.quadrature", "derivation.feller", "derivation.oracle", "derivation.evidence", "derivation.chain_rows",
-    "derivation.bound_rows", "derivation", "exact", "results", "cli",
+    "derivation.quadrature", "derivation.feller", "derivation.oracle", "derivation.evidence", "derivation.gaussian",
+    "derivation.chain_rows", "derivation.bound_rows", "derivation", "exact", "results", "cli",
 ]  # fmt: skip
 PACKAGE = Path(probdiff.__file__).parent
 

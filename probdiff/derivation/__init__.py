@@ -15,6 +15,7 @@ from probdiff.chains import Diffusion
 from probdiff.datasets import check_data
 from probdiff.derivation import bound_rows, chain_rows
 from probdiff.derivation.evidence import Evidence, Finding, NotApplicable, Wrong
+from probdiff.derivation.gaussian import Gaussian
 from probdiff.derivation.gradient import jittered
 from probdiff.derivation.ledger import Comparison, Ledger, Row, Verdict
 from probdiff.derivation.pair import Pair, Program
@@ -109,7 +110,7 @@ def check(
     if given_beta is not None and given_beta.shape != (pair.num_timesteps,):
         raise ValueError(f"beta has shape {given_beta.shape}; these chains have T = {pair.num_timesteps}")
     claims = {"f_mu": f_mu, "f_sigma": f_sigma}
-    rows_by_tag = _rows(Evidence(pair, key, num_draws, failure_rate, given_beta, claims, forms or {}))
+    rows_by_tag = _rows(Evidence(pair, Gaussian(), key, num_draws, failure_rate, given_beta, claims, forms or {}))
     title = (
         f"N1…N17 on {len(data)} of {len(np.asarray(x)):,} data of shape {data.shape[1:]}, T = {pair.num_timesteps}, "
         f"{num_draws:,} paths each, {jnp.result_type(float)}, log densities in nats"

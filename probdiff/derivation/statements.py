@@ -15,7 +15,7 @@ class Statement:
 
 _CHAIN = r"\prod_{t=1}^{T} \frac{p(x^{(t-1)} \mid x^{(t)})}{q(x^{(t)} \mid x^{(t-1)})}"
 
-STATEMENTS = (
+STATEMENTS: tuple[Statement, ...] = (
     Statement(
         "N1",
         "q carries the data distribution q(x_0) to q(x_T) = N(0, I)",
