@@ -263,4 +263,21 @@ def _gradient(e: Evidence, names: list[str], why_not: str) -> Finding:
         for slope in slopes
     ]
     worst = max(found, key=lambda one: one.excess)
-    return [worst, *e.family.mean_gradient(e, names)], f"{len(slopes)} derivatives of {', '.join(names)}", None
+    means = [mean for mean in e.mean_slopes if mean.param in names]
+    of_draws = (
+        [
+            monte_carlo(
+                "dK/du of each unconstrained param",
+                "mean of draws, by the score function",
+                [mean.drawn for mean in means],
+                "sum over all paths, differentiated",
+                [mean.exact for mean in means],
+                [mean.error for mean in means],
+                e.rate,
+                1e-9 * max(abs(mean.exact) for mean in means),
+            )
+        ]
+        if means
+        else []
+    )
+    return [worst, *of_draws], f"{len(slopes)} derivatives of {', '.join(names)}", None

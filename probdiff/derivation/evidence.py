@@ -20,6 +20,7 @@ from probdiff.derivation.ledger import Comparison, bernstein, compare, monte_car
 from probdiff.derivation.linear import LinearChain, elbo, gap, normal_log_prob
 from probdiff.derivation.pair import Chain, Pair, Path
 from probdiff.derivation.quadrature import Closed, Grid, grid
+from probdiff.derivation.score import MeanSlope
 from probdiff.derivation.statements import Statement
 from probdiff.types import Key, Params
 
@@ -82,7 +83,7 @@ class Family(Protocol):
 
     # the gradient of K
     def elbo(self, e: "Evidence") -> Callable[[Params, Key], Array]: ...
-    def mean_gradient(self, e: "Evidence", names: list[str]) -> list[Comparison]: ...
+    def mean_slopes(self, e: "Evidence") -> list[MeanSlope]: ...
 
 
 class Evidence:
@@ -123,6 +124,11 @@ class Evidence:
     def slopes(self) -> list[Slope]:
         with jax.enable_x64(True):
             return slopes(self.pair, self.key(), self.family.elbo(self))
+
+    @cached_property
+    def mean_slopes(self) -> list[MeanSlope]:
+        with jax.enable_x64(True):
+            return self.family.mean_slopes(self)
 
     @cached_property
     def probes(self) -> Path:

@@ -15,6 +15,7 @@ from probdiff.derivation.ledger import Comparison, machine, monte_carlo
 from probdiff.derivation.linear import LinearChain, forward_covariance, normal_kl
 from probdiff.derivation.pair import Chain, moments
 from probdiff.derivation.quadrature import line
+from probdiff.derivation.score import MeanSlope
 from probdiff.derivation.statements import STATEMENTS
 from probdiff.types import Key, Params
 
@@ -261,7 +262,7 @@ class Gaussian:
         """K of one path of each datum, differentiated along the path as it moves with the params."""
         return e.pair.elbo
 
-    def mean_gradient(self, e: Evidence, names: list[str]) -> list[Comparison]:
+    def mean_slopes(self, e: Evidence) -> list[MeanSlope]:
         return []
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import equinox as eqx
@@ -247,25 +248,26 @@ def log_probs_in_blocks(chain: Chain, path: Path) -> dict[int, np.ndarray]:
     return {t: np.concatenate([block[t] for block in blocks]) for t in chain.times}
 
 
-def supports(program: Program, params: Params | None, like: Event) -> set[str]:
+def supports(program: Program, params: Params | None, x: np.ndarray) -> set[str]:
     """What the sites x_t of a program draw: "bits", "numbers", or the name of another discrete distribution.
 
-    The program is run on one datum of zeros. None where it cannot be run or has no such sites.
+    The program is run on a datum of zeros, which are in the support of both; where it raises, on the first datum.
+    None where it cannot be run or has no such sites.
     """
-    one = jnp.zeros((1, *like.shape[1:]), like.dtype)
-    try:
-        chain = Chain("", program)
-        sites = chain.trace(one, params or {}, jax.random.key(0))
-    except Exception:  # whatever a user's program may raise, which the rows report
+    if x.dtype.kind not in "biuf":
         return set()
-    return {_support(sites[f"x_{t}"]["fn"]) for t in times_of(sites)}
+    for one in (np.zeros_like(x[:1]), x[:1]):
+        with suppress(Exception):  # whatever a user's program may raise, which the rows report
+            sites = Chain("", program).trace(jnp.asarray(one), params or {}, jax.random.key(0))
+            return {_support(sites[f"x_{t}"]["fn"]) for t in times_of(sites)}
+    return set()
 
 
 def _support(kernel: dist.Distribution) -> str:
     support = kernel.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    if support is dist.constraints.boolean:
+    if isinstance(support, type(dist.constraints.boolean)):
         return "bits"
     return type(kernel_base(kernel)).__name__ if kernel.support.is_discrete else "numbers"
 
