@@ -67,20 +67,23 @@ def check(
 
     Any two NumPyro programs with sites x_0, …, x_T (model) and x_1, …, x_T (guide), called as `model(x)` and
     `guide(x)` with data x (N, *event), which the model observes at x_0; they must take any number of rows. The
-    guide's sites ascend or descend in t. `params`: the values of their NumPyro params; the initial ones where None.
+    guide's sites ascend or descend in t. Where the x_t have densities the statements are of the Gaussian chain, x being
+    floating-point; where they are bits, such as `dist.Bernoulli`, of the binomial one, x being 0 or 1 of any dtype, and
+    the programs get it in that dtype. `params`: the values of their NumPyro params; the initial ones where None.
     Of x, at most `max_data` rows are used, drawn at random, each with `num_draws` paths. All numbers are in nats.
 
     What the programs do not say of themselves can be given, and is then checked: `beta` (T,), else the param "beta",
     else read off the forward kernels; `f_mu(x_t, t)` (N, *event) and `f_sigma(x_t, t)`, the covariance matrix
     (D, D) or (N, D, D), of N8. `forms`: other pairs whose ELBO must be the same K, name → (model, guide, elbo).
 
-    p(x_0) is a closed form where the reverse chain is linear and Gaussian, quadrature where D = 1, else an estimate
-    from draws, whose failure (k̂) is told apart from that of the identity. A right pair fails any row by Monte Carlo
-    error with probability at most `failure_rate`, to the accuracy with which means of draws are normal. Tolerances of
-    rounding are those of JAX's current precision; gradients are always taken in float64.
+    p(x_0) is a closed form where the reverse chain is linear and Gaussian, quadrature where D = 1, a sum over all
+    states of up to 10 bits unless T is large, else an estimate from draws, whose failure (k̂) is told apart from that of
+    the identity. A right pair fails any row by Monte Carlo error with probability at most `failure_rate`, to the
+    accuracy with which means of draws are normal. Tolerances of rounding are those of JAX's current precision;
+    gradients are always taken in float64.
 
-    Raises `ValueError` or `TypeError` for arguments that cannot be meant, such as chains of bits; what is wrong with
-    the programs is in the rows.
+    Raises `ValueError` or `TypeError` for arguments that cannot be meant, such as chains of counts or bits that are not
+    0 or 1; what is wrong with the programs is in the rows.
     """
     for name, program in (("model", model), ("guide", guide), ("f_mu", f_mu), ("f_sigma", f_sigma)):
         if not callable(program) and not (program is None and name.startswith("f_")):

@@ -23,7 +23,7 @@ from probdiff.derivation.two_state import TwoStateChain
 from probdiff.types import Key, Params
 
 _MOST_BITS = 10  # of a chain whose states are enumerated
-_MOST_PAIRS = 2000  # of x_s and x_t whose mixed difference is taken
+_MOST_PAIRS = 200  # of x_s and x_t whose mixed difference is taken
 _FLIPPED = 16  # bits of x_t flipped one by one
 _REVERSED = 6  # bits of N6 at the chain's own β_t
 _NEVER = -500.0  # log probability of what cannot be, in place of −∞
@@ -39,6 +39,7 @@ class Bits:
     statements = STATEMENTS_OF_BITS
     prior = "Bernoulli(π)"
     no_closed_form = "q is no chain of two states for each bit"
+    noise_share = 0.9
     not_of_n3 = "the bits of x_t are not independent, or one depends on another bit of x_{t−1}"
 
     def other(self, x: Array) -> Array:
@@ -136,9 +137,9 @@ class Bits:
         some = np.arange(e.pair.size) == rng.integers(e.pair.size, size=(T + 1, rows, 1))
         which = (chosen | some).reshape(T + 1, *path[0].shape)
         s, t = np.triu_indices(T + 1, 2)
-        if len(s) > _MOST_PAIRS:
-            kept = rng.choice(len(s), _MOST_PAIRS, replace=False)
-            s, t = s[kept], t[kept]
+        # where a slip is likely first: two steps back, and x_0
+        kept = np.argsort(np.where((t == s + 2) | (s == 0), 0, 1) + rng.uniform(size=len(s)))[:_MOST_PAIRS]
+        s, t = s[kept], t[kept]
         alone = np.arange(T + 1)
         flipped = np.zeros((1 + len(alone) + len(s), T + 1), bool)
         flipped[1 + alone, alone] = True

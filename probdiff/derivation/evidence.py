@@ -51,6 +51,7 @@ class Family(Protocol):
     prior: str  # what p(x_T) must be
     no_closed_form: str  # why N1 cannot be checked
     not_of_n3: str  # why N3 fails; both where there is no `q`
+    noise_share: float  # of the x_k that ancestral draws start from
 
     # of x_t
     def other(self, x: Array) -> Array: ...  # other values that x_t can have
@@ -250,12 +251,14 @@ class Evidence:
     def ancestral(self) -> Estimate:
         """From draws of p: the half-way estimate, or where that cannot be trusted the plain one, whichever is better.
 
-        Half-way: k is the first at which half of x_k is noise. Plain: k = 1.
+        Half-way: k is the first at which x_k is noise for the most part, T where none is. Plain: k = 1.
         """
         half_way = 1
-        if self.q is not None:
+        if self.q is not None and self.q.full:
             noise = self.q.noise
-            half_way = next((t for t, share in enumerate(noise) if share >= 0.5), self.pair.num_timesteps)
+            half_way = next(
+                (t for t, share in enumerate(noise) if share >= self.family.noise_share), self.pair.num_timesteps
+            )
         estimate = self._ancestral(half_way)
         if half_way == 1 or estimate.trusted.all():
             return estimate

@@ -28,6 +28,7 @@ class Gaussian:
     statements = STATEMENTS
     prior = "N(0, I)"
     no_closed_form = "q is not linear-Gaussian"
+    noise_share = 0.5
     not_of_n3 = "the mean is not linear in x_{t−1}, or the covariance depends on it"
 
     def other(self, x: Array) -> Array:

@@ -49,6 +49,11 @@ class LinearChain:
         """The mean variance of a coordinate of y_0, …, y_T."""
         return [float(np.trace(cov)) / len(cov) for cov in self.marginals()[1]]
 
+    @property
+    def full(self) -> bool:
+        """Whether every y_k can follow every y_{k−1}: densities of normals are nowhere zero."""
+        return True
+
     def log_marginal(self, k: int, y: Float[np.ndarray, "K D"]) -> Float[np.ndarray, "N K"]:
         """log density of each y as y_k of each datum, nats."""
         means, covs = self.marginals()

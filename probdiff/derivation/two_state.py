@@ -47,6 +47,11 @@ class TwoStateChain:
         kept = np.cumprod(self.steps[..., 1, 1] - self.steps[..., 0, 1], axis=0).mean((1, 2))
         return [0.0, *(1 - kept).tolist()]
 
+    @property
+    def full(self) -> bool:
+        """Whether every y_k can follow every y_{k−1}."""
+        return bool(np.all(self.steps > 0))
+
     def log_marginal(self, k: int, y: Float[np.ndarray, "K D"]) -> Float[np.ndarray, "N K"]:
         """log probability of each y as y_k of each datum, nats."""
         log_p = _log(self.marginals()[k])
