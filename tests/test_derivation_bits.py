@@ -20,10 +20,11 @@ from probdiff.datasets import Heartbeat
 from probdiff.derivation import flips
 from probdiff.derivation.bernoulli import log_odds_of_product
 from probdiff.derivation.bernoulli import moments as bernoulli_moments
+from probdiff.derivation.gradient import directions
 from probdiff.derivation.ledger import bernstein
 from probdiff.derivation.pair import Pair
 from probdiff.derivation.quadrature import state_number, states
-from probdiff.derivation.score import enumerated_elbo
+from probdiff.derivation.score import enumerated_elbo, gradient_draws
 from probdiff.derivation.two_state import TwoStateChain
 from probdiff.exact import exact
 from probdiff.particles import pareto_k
@@ -61,6 +62,7 @@ PIECES = {
     "mean": f_mu,
     "kernel": bernoulli,
     "step": bernoulli,
+    "first": bernoulli,
     "peek": 0.0,  # share of x_0 in the reverse rates
     "model_plate": lambda n: numpyro.plate("data", n),
     "wrap_model": lambda name: nullcontext(),
@@ -91,7 +93,7 @@ class Hand:
         last = len(self.beta)
         with self.model_plate(len(x_0)):
             with self.wrap_model(f"x_{last}"):
-                x = numpyro.sample(f"x_{last}", bernoulli(self.prior(x_0)))
+                x = numpyro.sample(f"x_{last}", self.first(self.prior(x_0)))
             xs = {last: x}
             for t in range(last, 0, -1):
                 mean = (1 - self.peek) * self.mean(x, t) + self.peek * x_0 if self.peek else self.mean(x, t)
@@ -156,6 +158,29 @@ class Unnormalised(dist.BernoulliProbs):
         return value * jnp.log(self.probs)
 
 
+class Rarer(dist.BernoulliProbs):
+    """A Bernoulli whose draws are rarer than its density says."""
+
+    def sample(self, key, sample_shape=()):
+        return dist.BernoulliProbs(0.8 * self.probs).sample(key, sample_shape)
+
+
+class FromOne(dist.BernoulliProbs):
+    """Bits whose density is that of independent ones, drawn from one uniform number."""
+
+    def sample(self, key, sample_shape=()):
+        uniform = jax.random.uniform(key, (*sample_shape, *self.batch_shape[:-1], 1))
+        return (uniform < self.probs).astype(int)
+
+
+def rarer(rate):
+    return Rarer(rate).to_event(1)
+
+
+def from_one(rate):
+    return FromOne(rate).to_event(1)
+
+
 def _detached(x_t, t):
     slope = jax.lax.stop_gradient(numpyro.param("slope", jnp.array([1.9, 1.4, 1.7])))
     signed = 2.0 * x_t - 1
@@ -201,6 +226,11 @@ SLIPS = {
     "a kernel that is not normalised": (
         Hand(kernel=lambda rate: Unnormalised(rate).to_event(1)), "N8",
     ),
+    "draws of p that are not of its density": (Hand(kernel=rarer), "N8"),
+    "draws of p that are not independent": (Hand(kernel=from_one), "N8"),
+    "draws of q that are not of its density": (Hand(step=rarer), "N3"),
+    "draws of q that are not independent": (Hand(step=from_one), "N3"),
+    "draws of x_T that are not of its density": (Hand(first=rarer), "N7"),
     "no event dimension": (NoVector(), "N5"),
     "data in another order": (Hand(mean=lambda x, t: f_mu(x[::-1], t)), "N13"),
     "a plate of a fixed size": (Hand(model_plate=lambda n: numpyro.plate("data", 16)), "N13"),
@@ -212,6 +242,9 @@ SLIPS = {
 ALSO = {  # where one slip is two
     # paths that q never draws, and a logarithm of zero to differentiate
     "no rate of fresh bits": {"N3", "N4", "N14"},
+    # nor is any mean of draws what it should be
+    "draws of q that are not of its density": {"N1", "N3", "N17"},
+    "draws of q that are not independent": {"N3", "N14"},
     "q and p swapped": {"N5", "N13"},  # both chains have the wrong sites
     "data in another order": {"N8", "N13"},  # and f_μ is not as claimed
 }
@@ -415,6 +448,19 @@ def test_the_sum_over_all_paths_and_its_gradient_are_those_of_the_closed_form(or
         jax.jit(jax.grad(lambda beta, f=f: f({**params, "beta": beta})))(params["beta"]) for f in (of_pair, of_test)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_draws_of_the_gradient_have_the_mean_of_the_sum_over_all_paths():
+    pair = Pair(RIGHT.model, RIGHT.guide, jnp.asarray(X), None)
+    along, every = directions(pair, KEY, KEY), jnp.asarray(states(D), X.dtype)
+    of_data = lambda u: enumerated_elbo(pair, every, along.params(u))  # noqa: E731
+    exact = jax.vmap(jax.linearize(lambda u: of_data(u).sum(), along.u)[1])(along.moves)
+    paths = {t: jnp.asarray(x) for t, x in pair.paths(KEY, 10_000)[0].items()}
+    draws = np.asarray(gradient_draws(pair, paths, along, of_data(along.u)))
+    error = draws.std(0) / np.sqrt(len(draws))
+    assert np.all(error < 0.03)
+    assert np.all(np.abs(draws.mean(0) - exact) < 4.5 * error)
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.3])
