@@ -166,7 +166,8 @@ def sample(
 @app.command()
 def check(
     run: Annotated[
-        Path | None, typer.Argument(help="run folder [default: the diffusion that `fit` starts from]")
+        Path | None,
+        typer.Argument(help="run folder; or swiss-roll or heartbeat, not yet fitted, T = 40 [default: swiss-roll]"),
     ] = None,
     chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
     num_draws: Annotated[int, typer.Option(help="paths for each datum")] = 1000,
@@ -176,12 +177,18 @@ def check(
 ) -> None:
     """Check the derivation, N1…N17, on a pair of chains: one row for each statement. Exits with 1 where one fails."""
     key, key_data, key_params = jax.random.split(jax.random.key(seed), 3)
-    opened = None if run is None else Run.open(run)
+    starts = {
+        "swiss-roll": lambda: GaussianDiffusion((2,), schedules.LearnedBetas(40), networks.ResidualMLP(), "full"),
+        "heartbeat": lambda: BinomialDiffusion((20,), schedules.LearnedBetas(40), networks.ResidualMLP()),
+    }
+    name = "swiss-roll" if run is None else str(run)
+    opened = None if name in starts and not Path(name).exists() else Run.open(Path(name))
     prepared = None if opened is None else opened.prepare()  # in the precision of the fit: its held-out rows
     with jax.enable_x64(not float32):
         if opened is None or prepared is None:
-            d: Diffusion = GaussianDiffusion((2,), schedules.LearnedBetas(40), networks.ResidualMLP(), "full")
-            x = np.asarray(datasets.SwissRoll(0.5).sample(key_data, max_data))
+            d: Diffusion = starts[name]()
+            data = datasets.SwissRoll(0.5) if name == "swiss-roll" else datasets.Heartbeat()
+            x = np.asarray(data.sample(key_data, max_data))
             params = derivation.typical_params(d, key_params)
         else:
             d, data_split = prepared

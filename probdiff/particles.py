@@ -23,6 +23,7 @@ from probdiff.types import Data, Event, Key, Params, Time
 _ROWS = 256  # triangular solves over more rows at once are many times slower on a CPU
 _FULL = 16  # features up to which a twist has all products of two features
 _POINTS = 8  # for each coefficient of a twist
+_TIE = 1e-5  # log weights no further apart are of the same path but for rounding
 _LEAST_SIZE = 0.5  # effective particles over particles below which they are resampled
 
 
@@ -250,9 +251,31 @@ def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
     spread = log_weight.max("draw") - log_weight.min("draw")
     equal = spread < 1e-6  # equal weights have no tail to fit
     wiggle = xr.DataArray(np.linspace(0, 1e-3, log_weight.sizes["draw"]), dims="draw")
+    log_weight = xr.apply_ufunc(_without_ties, log_weight, input_core_dims=[["draw"]], output_core_dims=[["draw"]])
     with np.errstate(over="ignore", invalid="ignore"):
         _, k = (-log_weight.where(~equal, wiggle)).azstats.psislw(dim=["draw"])
     return k.where(~equal, -np.inf).fillna(np.inf)  # weights that are worlds apart have no tail that can be fitted
+
+
+def _without_ties(log_w: Float[np.ndarray, "*batch S"]) -> Float[np.ndarray, "*batch S"]:
+    """log w, where most draws share their value with others, as of few bits, spread half-way to the values beside it.
+
+    A tail of ties has no k̂; spread out it has that of the weights' distribution function, made continuous.
+    """
+    rows = np.array(log_w).reshape(-1, log_w.shape[-1])
+    for row in rows:
+        order = np.argsort(row, kind="stable")
+        new = np.diff(row[order], prepend=-np.inf) > _TIE
+        if new.mean() > 0.5 or new.sum() == 1 or not np.isfinite(row).all():
+            continue
+        values, group = row[order][new], np.cumsum(new) - 1
+        middle = (values[1:] + values[:-1]) / 2
+        lower = np.concatenate([[2 * values[0] - middle[0]], middle])
+        upper = np.concatenate([middle, [2 * values[-1] - middle[-1]]])
+        count = np.bincount(group)
+        place = (np.arange(len(row)) - (np.cumsum(count) - count)[group] + 0.5) / count[group]
+        row[order] = lower[group] + place * (upper - lower)[group]
+    return rows.reshape(log_w.shape)
 
 
 def k_threshold(num_draws: int) -> float:

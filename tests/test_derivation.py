@@ -284,7 +284,7 @@ def test_a_form_in_the_wrong_order_is_caught():
 @pytest.fixture
 def without_monte_carlo_once(monkeypatch):
     """What has no Monte Carlo error, and takes most of the time, is worked out for the first seed alone."""
-    for name in ("_markov", "_kernels_are_normal", "_gradient"):
+    for name in ("_markov", "_kernels_are_as_stated", "_gradient"):
         compute, found = getattr(chain_rows, name), {}
 
         def first(e, of, *rest, compute=compute, found=found):

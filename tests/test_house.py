@@ -11,9 +11,10 @@ ORDER = [
     "types", "files", "datasets", "streams", "schedules", "families", "binomial", "networks", "chains",
     "likelihood", "particles", "flow", "devices", "checkpoints", "training", "diagnostics", "plots",
     "derivation.statements", "derivation.ledger", "derivation.estimates", "derivation.pair", "derivation.gradient",
-    "derivation.linear", "derivation.oracle_of_bits",
-    "derivation.quadrature", "derivation.feller", "derivation.oracle", "derivation.evidence", "derivation.chain_rows",
-    "derivation.bound_rows", "derivation", "exact", "results", "cli",
+    "derivation.score", "derivation.linear", "derivation.two_state", "derivation.quadrature", "derivation.feller",
+    "derivation.flips", "derivation.oracle", "derivation.oracle_of_bits", "derivation.bernoulli", "derivation.evidence",
+    "derivation.gaussian", "derivation.bits", "derivation.chain_rows", "derivation.bound_rows", "derivation", "exact",
+    "results", "cli",
 ]  # fmt: skip
 PACKAGE = Path(probdiff.__file__).parent
 

@@ -12,13 +12,15 @@ from numpyro import handlers
 from numpyro.infer import TraceMeanField_ELBO
 
 from probdiff.chains import Diffusion
-from probdiff.datasets import check_data
+from probdiff.datasets import check_bits, check_data
 from probdiff.derivation import bound_rows, chain_rows
-from probdiff.derivation.evidence import Evidence, Finding, NotApplicable, Wrong
+from probdiff.derivation.bits import Bits
+from probdiff.derivation.evidence import Evidence, Family, Finding, NotApplicable, Wrong
+from probdiff.derivation.gaussian import Gaussian
 from probdiff.derivation.gradient import jittered
 from probdiff.derivation.ledger import Comparison, Ledger, Row, Verdict
-from probdiff.derivation.pair import Pair, Program
-from probdiff.derivation.statements import STATEMENTS, Statement
+from probdiff.derivation.pair import Pair, Program, supports
+from probdiff.derivation.statements import Statement
 from probdiff.types import Key, Params, check_key
 
 __all__ = ["Comparison", "Ledger", "Row", "Statement", "check", "forms", "typical_params"]
@@ -65,56 +67,67 @@ def check(
 
     Any two NumPyro programs with sites x_0, …, x_T (model) and x_1, …, x_T (guide), called as `model(x)` and
     `guide(x)` with data x (N, *event), which the model observes at x_0; they must take any number of rows. The
-    guide's sites ascend or descend in t. `params`: the values of their NumPyro params; the initial ones where None.
+    guide's sites ascend or descend in t. Where the x_t have densities the statements are of the Gaussian chain, x being
+    floating-point; where they are bits, such as `dist.Bernoulli`, of the binomial one, x being 0 or 1 of any dtype, and
+    the programs get it in that dtype. `params`: the values of their NumPyro params; the initial ones where None.
     Of x, at most `max_data` rows are used, drawn at random, each with `num_draws` paths. All numbers are in nats.
 
     What the programs do not say of themselves can be given, and is then checked: `beta` (T,), else the param "beta",
     else read off the forward kernels; `f_mu(x_t, t)` (N, *event) and `f_sigma(x_t, t)`, the covariance matrix
     (D, D) or (N, D, D), of N8. `forms`: other pairs whose ELBO must be the same K, name → (model, guide, elbo).
 
-    p(x_0) is a closed form where the reverse chain is linear and Gaussian, quadrature where D = 1, else an estimate
-    from draws, whose failure (k̂) is told apart from that of the identity. A right pair fails any row by Monte Carlo
-    error with probability at most `failure_rate`, to the accuracy with which means of draws are normal. Tolerances of
-    rounding are those of JAX's current precision; gradients are always taken in float64.
+    p(x_0) is a closed form where the reverse chain is linear and Gaussian, quadrature where D = 1, a sum over all
+    states of up to 10 bits unless T is large, else an estimate from draws, whose failure (k̂) is told apart from that of
+    the identity. A right pair fails any row by Monte Carlo error with probability at most `failure_rate`, to the
+    accuracy with which means of draws are normal. Tolerances of rounding are those of JAX's current precision;
+    gradients are always taken in float64.
 
-    Raises `ValueError` or `TypeError` for arguments that cannot be meant, such as chains of bits; what is wrong with
-    the programs is in the rows.
+    Raises `ValueError` or `TypeError` for arguments that cannot be meant, such as chains of counts or bits that are not
+    0 or 1; what is wrong with the programs is in the rows.
     """
     for name, program in (("model", model), ("guide", guide), ("f_mu", f_mu), ("f_sigma", f_sigma)):
         if not callable(program) and not (program is None and name.startswith("f_")):
             raise TypeError(f"{name} is {program!r}; it must be a function")
+    if params is not None and not isinstance(params, Mapping):
+        raise TypeError(f"params is {params!r}; it must be a dict of NumPyro params, or None")
     if np.ndim(x) == 0:
         raise ValueError(f"x is {x!r}; it must be data of shape (N, *event)")
-    data = check_data(x, np.shape(x)[1:], "x")
+    family, data = _family_and_data(model, guide, params, np.asarray(x))
     key_rows, key = jax.random.split(check_key(rng_key))
     for name, value, least in (("num_draws", num_draws, 100), ("max_data", max_data, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
     if not isinstance(failure_rate, float) or not 0 < failure_rate < 1:
         raise ValueError(f"failure_rate is {failure_rate!r}; it must be between 0 and 1")
-    if params is not None and not isinstance(params, Mapping):
-        raise TypeError(f"params is {params!r}; it must be a dict of NumPyro params, or None")
     for name, form in (forms or {}).items():
         if not isinstance(form, tuple) or len(form) != 3 or not hasattr(form[2], "loss"):
             raise TypeError(f"forms[{name!r}] is {form!r}; it must be (model, guide, elbo)")
     if len(data) > max_data:
         rows = jax.random.permutation(key_rows, len(data))[:max_data]
         data = data[np.sort(np.asarray(rows))]
-    pair = Pair(model, guide, jnp.asarray(data, jnp.result_type(float)), params)
-    for chain in () if pair.q.problems or pair.p.problems else (pair.q, pair.p):
-        everywhere = chain.kernels(dict.fromkeys(range(pair.num_timesteps + 1), pair.x))
-        if any(kernel.support.is_discrete for kernel in everywhere.values()):
-            raise TypeError(f"{chain.name} draws discrete x_t; only pairs with densities can be checked")
+    pair = Pair(model, guide, jnp.asarray(data), params)
     given_beta = None if beta is None else np.asarray(beta, np.float64)
     if given_beta is not None and given_beta.shape != (pair.num_timesteps,):
         raise ValueError(f"beta has shape {given_beta.shape}; these chains have T = {pair.num_timesteps}")
     claims = {"f_mu": f_mu, "f_sigma": f_sigma}
-    rows_by_tag = _rows(Evidence(pair, key, num_draws, failure_rate, given_beta, claims, forms or {}))
+    rows_by_tag = _rows(Evidence(pair, family, key, num_draws, failure_rate, given_beta, claims, forms or {}))
     title = (
         f"N1…N17 on {len(data)} of {len(np.asarray(x)):,} data of shape {data.shape[1:]}, T = {pair.num_timesteps}, "
         f"{num_draws:,} paths each, {jnp.result_type(float)}, log densities in nats"
     )
-    return Ledger(tuple(rows_by_tag[statement.tag] for statement in STATEMENTS), title, failure_rate)
+    return Ledger(tuple(rows_by_tag[statement.tag] for statement in family.statements), title, failure_rate)
+
+
+def _family_and_data(model: Program, guide: Program, params: Params | None, x: np.ndarray) -> tuple[Family, np.ndarray]:
+    """What the pair draws, and x as it wants it: floating-point numbers, or bits of the dtype that x has."""
+    drawn = set().union(*(supports(program, params, x) for program in (guide, model)))
+    if others := drawn - {"bits", "numbers"}:
+        raise TypeError(f"the pair draws x_t from {', '.join(sorted(others))}; x_t must have a density or be bits")
+    if drawn == {"bits", "numbers"}:
+        raise TypeError("some x_t of the pair are bits and some have a density; they must be of one kind")
+    if drawn == {"bits"}:
+        return Bits(), check_bits(x, x.shape[1:], "x").astype(x.dtype)
+    return Gaussian(), check_data(x, x.shape[1:], "x").astype(jnp.result_type(float))
 
 
 def typical_params(d: Diffusion, rng_key: Key) -> Params:
@@ -138,7 +151,7 @@ def _rows(e: Evidence) -> dict[str, Row]:
         "q": {"N5"} if e.pair.q.problems else set(),
         "p": {"N13"} if e.pair.p.problems else set(),
     }
-    by_tag = {statement.tag: statement for statement in STATEMENTS}
+    by_tag = {statement.tag: statement for statement in e.family.statements}
     for tag, (compute, needs) in _ROWS.items():
         problems = {"N5": e.pair.q, "N13": e.pair.p}[tag].problems if tag in ("N5", "N13") else []
         broken = set().union(*(roots[need] for need in needs))

@@ -37,13 +37,15 @@ def n12(e: Evidence) -> Finding:
     """p(x_0) by quadrature, in closed form, by Bayes' rule on a path, and from draws."""
     found, detail = [], ""
     if e.grid is not None:
-        allowed = max(abs(grid.mass - e.grid.mass) for grid in e.grid.coarser()) + e.rounding(np.ones(1))
-        found += [compare("∫ p(x_0) dx_0", "quadrature", e.grid.mass, "one", 1.0, allowed, "quadrature")]
+        allowed = max((abs(grid.mass - e.grid.mass) for grid in e.grid.coarser()), default=0.0)
+        allowed += e.rounding(np.ones(1))
+        name, route = "Σ p(x_0)" if e.grid.of_states else "∫ p(x_0) dx_0", e.grid.route
+        found += [compare(name, route, e.grid.mass, "one", 1.0, allowed, route)]
     if e.p is not None and e.exact is not None:
         path = [e.flat(e.draws[0][t][0]) for t in range(e.pair.num_timesteps + 1)]
         posterior = e.p.flipped().log_prob_given_first(path).sum()
         name, by_bayes = "log p(x_0), all data", "log p(x_0…x_T) − log p(x_1…x_T | x_0) on a path"
-        allowed = e.rounding_of_paths(e.pair.p)
+        allowed = e.family.rounding_of_paths(e, e.pair.p)
         found += [machine(name, "closed form", e.exact.log_p.sum(), by_bayes, e.totals["p"] - posterior, allowed)]
         if e.grid is not None:
             error = np.max([np.abs(grid.log_p - e.grid.log_p) for grid in e.grid.coarser()], 0) + e.exact.error

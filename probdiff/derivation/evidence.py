@@ -2,25 +2,27 @@
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.infer.inspect import get_model_relations
 from scipy import stats
 
 from probdiff.derivation.estimates import Estimate, from_draws, untrusted
 from probdiff.derivation.gradient import Slope, slopes
-from probdiff.derivation.ledger import Comparison, compare, monte_carlo
+from probdiff.derivation.ledger import Comparison, bernstein, compare, monte_carlo
 from probdiff.derivation.linear import LinearChain, elbo, gap, normal_log_prob
 from probdiff.derivation.pair import Chain, Pair, Path
-from probdiff.derivation.quadrature import Grid, grid
-from probdiff.types import Key
+from probdiff.derivation.quadrature import Closed, Grid, grid
+from probdiff.derivation.score import MeanSlope
+from probdiff.derivation.statements import Statement
+from probdiff.types import Key, Params
 
 
 class NotApplicable(Exception):
@@ -36,6 +38,53 @@ class Wrong(Exception):
 
 
 type Finding = tuple[list[Comparison], str, float | None]  # comparisons, detail, size of an approximation
+type Moments = tuple[Float[Array, "N D"], Float[Array, "N D D"]]
+
+
+class Family(Protocol):
+    """What the rows have to be told of the distributions of a pair: `gaussian.Gaussian` and `bits.Bits`.
+
+    The names `prior`, `no_closed_form` and `not_of_n3` stand in what the rows say. Nats.
+    """
+
+    statements: tuple[Statement, ...]
+    prior: str  # what p(x_T) must be
+    no_closed_form: str  # why N1 cannot be checked
+    not_of_n3: str  # why N3 fails; both where there is no `q`
+    noise_share: float  # of the x_k that ancestral draws start from
+
+    # of x_t
+    def other(self, x: Array) -> Array: ...  # other values that x_t can have
+    def another(self, x_0: Array) -> Array: ...  # other data than x_0
+    def anything(self, x: Array) -> dist.Distribution: ...  # some distribution over all of them
+    def moments(self, kernel: dist.Distribution, x: Array) -> Moments: ...
+
+    # in closed form, where there is one
+    def q(self, e: "Evidence") -> Closed | None: ...
+    def p(self, e: "Evidence") -> LinearChain | None: ...
+    def nodes(self, e: "Evidence") -> np.ndarray | None: ...  # of the grid that p is summed on
+    def beta(self, e: "Evidence") -> tuple[np.ndarray, str]: ...  # that of q, and where it was read
+
+    # by N3, β and ᾱ alone
+    def log_prior(self, e: "Evidence", x_T: np.ndarray) -> np.ndarray: ...
+    def kl_to_prior(self, e: "Evidence") -> np.ndarray: ...  # of each datum
+    def kl_from_alpha_bar(self, e: "Evidence", alpha_bar: float) -> np.ndarray: ...
+    def log_q_from_alpha_bar(self, e: "Evidence") -> tuple[float, str]: ...  # of the first paths, and the route
+
+    # comparisons
+    def couplings(self, e: "Evidence", chain: Chain) -> tuple[np.ndarray, float, str]: ...  # (T+1, T+1), rounding, what
+    def steps(self, e: "Evidence") -> list[Comparison]: ...
+    def step_draws(self, e: "Evidence") -> list[Comparison]: ...
+    def kernels(self, e: "Evidence", chain: Chain) -> list[Comparison]: ...
+    def prior_draws(self, e: "Evidence") -> list[Comparison]: ...
+    def reverse_draws(self, e: "Evidence") -> list[Comparison]: ...
+    def reversal(self) -> tuple[np.ndarray, np.ndarray, float, str]: ...  # KL, its limit, the order in β, its formula
+    def reversal_here(self, e: "Evidence") -> tuple[np.ndarray, int, str] | None: ...  # by t, the first t, of what
+    def rounding_of_paths(self, e: "Evidence", chain: Chain) -> float: ...
+
+    # the gradient of K
+    def elbo(self, e: "Evidence") -> Callable[[Params, Key], Array]: ...
+    def mean_slopes(self, e: "Evidence") -> list[MeanSlope]: ...
 
 
 class Evidence:
@@ -44,6 +93,7 @@ class Evidence:
     def __init__(
         self,
         pair: Pair,
+        family: Family,
         rng_key: Key,
         num_draws: int,
         failure_rate: float,
@@ -51,7 +101,7 @@ class Evidence:
         claims: Mapping[str, Callable[..., Any] | None],
         forms: Mapping[str, tuple[Any, Any, Any]],
     ) -> None:
-        self.pair, self.num_draws = pair, num_draws
+        self.pair, self.family, self.num_draws = pair, family, num_draws
         self.rate = failure_rate / (50 + len(forms))  # of each Monte Carlo comparison; a ledger has fewer
         self.given_beta, self.claims, self.forms = beta, claims, forms
         self.eps = float(jnp.finfo(jnp.result_type(float)).eps)
@@ -74,15 +124,21 @@ class Evidence:
     @cached_property
     def slopes(self) -> list[Slope]:
         with jax.enable_x64(True):
-            return slopes(self.pair, self.key())
+            return slopes(self.pair, self.key(), self.family.elbo(self))
+
+    @cached_property
+    def mean_slopes(self) -> list[MeanSlope]:
+        with jax.enable_x64(True):
+            return self.family.mean_slopes(self)
 
     @cached_property
     def probes(self) -> Path:
-        """Two paths of q, the same three times as far out, and then paths of p, (R, N, *event); x_0 is the data."""
+        """Two paths of q, two of other values, and then paths of p, (R, N, *event); x_0 is the data."""
         T, D = self.pair.num_timesteps, self.pair.size
         rows = max(1, min(len(self.generated[0]), 2**22 // (len(self.x_0) * T * D * D)))
         near = {t: jnp.asarray(x[:2]) for t, x in self.draws[0].items()}
-        return {t: jnp.concatenate([x, x if t == 0 else 3 * x, self.generated[t][:rows]]) for t, x in near.items()}
+        others = {t: x if t == 0 else self.family.other(x) for t, x in near.items()}
+        return {t: jnp.concatenate([x, others[t], self.generated[t][:rows]]) for t, x in near.items()}
 
     @cached_property
     def moments(self) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
@@ -91,7 +147,7 @@ class Evidence:
         return {
             chain.name: {
                 t: (np.asarray(mean, np.float64), np.asarray(cov, np.float64))
-                for t, (mean, cov) in chain.moments(paths).items()
+                for t, (mean, cov) in chain.each(paths, self.family.moments).items()
             }
             for chain, paths in ((self.pair.q, near), (self.pair.p, self.probes))
         }
@@ -113,15 +169,15 @@ class Evidence:
 
     @cached_property
     def beta_and_route(self) -> tuple[np.ndarray, str]:
-        """β_t: what was given, else the param "beta", else read off the forward kernels' covariances."""
+        """β_t: what was given, else the param "beta", else read off the forward kernels."""
         if self.given_beta is not None:
             return self.given_beta, "beta="
         of_param = np.asarray(self.pair.params.get("beta", ()), np.float64)
         if of_param.shape == (self.pair.num_timesteps,):
             return of_param, "param beta"
         if self.q is None:
-            raise NotApplicable("β_t is neither a param nor given, and q is not linear-Gaussian")
-        return np.trace(self.q.S, axis1=1, axis2=2) / self.pair.size, "the kernels' variance"
+            raise NotApplicable(f"β_t is neither a param nor given, and {self.family.no_closed_form}")
+        return self.family.beta(self)
 
     @property
     def beta(self) -> np.ndarray:
@@ -136,80 +192,24 @@ class Evidence:
         return self.flat(self.pair.x)
 
     @cached_property
-    def q(self) -> LinearChain | None:
-        """x_0 → x_T given x_0, where it is linear and Gaussian."""
-        kernels = self._linear(self.pair.q)
-        if kernels is None:
-            return None
-        mean, A, S = kernels
-        T, D = self.pair.num_timesteps, self.pair.size
-        x = {t: self.flat(x) for t, x in self.point(0).items()}
-        if self.pair.q.ascending:
-            b = np.stack([mean[t] - x[t - 1] @ A[t].T for t in range(1, T + 1)])
-            return LinearChain(self.x_0, np.zeros((D, D)), *_stacked(A, S, range(1, T + 1), b))
-        times = range(T - 1, 0, -1)
-        b = np.stack([mean[t] - x[t + 1] @ A[t].T for t in times]) if T > 1 else np.zeros((0, *self.x_0.shape))
-        down = LinearChain(mean[T], S[T], *_stacked(A, S, times, b, D))
-        means, covs = down.marginals()
-        up = down.flipped() if T > 1 else down
-        # how x_1 depends on x_0 shows in its means only: the part in x_0's direction is given to A_1
-        slope = np.sum(means[-1] * self.x_0) / max(np.sum(self.x_0**2), 1e-300) * np.eye(D)
-        A_1, b_1 = slope[None], (means[-1] - self.x_0 @ slope.T)[None]
-        return LinearChain(
-            self.x_0,
-            np.zeros((D, D)),
-            np.concatenate([A_1, up.A]),
-            np.concatenate([b_1, up.b]),
-            np.concatenate([covs[-1][None], up.S]),
-        )
+    def q(self) -> Closed | None:
+        """x_0 → x_T given x_0, where it is of the form of N3."""
+        return self.family.q(self)
 
     @cached_property
     def p(self) -> LinearChain | None:
         """x_T → x_0, where it is linear and Gaussian."""
-        kernels = self._linear(self.pair.p)
-        if kernels is None:
-            return None
-        mean, A, S = kernels
-        T = self.pair.num_timesteps
-        x = {t: self.flat(x) for t, x in self.point(0).items()}
-        times = range(T - 1, -1, -1)
-        b = np.stack([mean[t] - x[t + 1] @ A[t].T for t in times])
-        return LinearChain(mean[T], S[T], *_stacked(A, S, times, b))
-
-    def _linear(
-        self, chain: Chain
-    ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, np.ndarray]] | None:
-        """Mean (N, D) at the first probe, Jacobian and covariance (D, D) of each kernel, if it is so at all probes."""
-        stated = self.moments[chain.name]
-        A = {t: np.asarray(J, np.float64)[0] for t, J in chain.linearised(self.point(0)).items()}
-        for t in chain.times:
-            mean, cov = stated[t]
-            before = t - 1 if chain.ascending else t + 1
-            x = self.flat(self.probes[before][: len(mean)]) if 0 <= before < len(self.probes) else 0 * mean
-            predicted = mean[0] + (x - x[0]) @ A[t].T
-            scale = 1 + np.abs(mean).max() + np.abs(x).max()
-            for left, right, size in ((mean, predicted, scale), (cov, cov[0, 0], np.abs(cov[0, 0]).max())):
-                if not np.abs(left - right).max() <= 1e3 * self.eps * size:
-                    return None
-        return (
-            {t: stated[t][0][0] for t in chain.times},
-            A,
-            {t: stated[t][1][0, 0] for t in chain.times},
-        )
+        return self.family.p(self)
 
     @cached_property
     def grid(self) -> Grid | None:
-        """p by quadrature, in one dimension."""
-        if self.pair.size > 1:
-            return None
-        everywhere = [*self.draws[0].values(), *self.generated.values()]
-        reach = 1.6 * max(float(np.abs(x).max()) for x in everywhere) + 1
-        variances = [np.min(cov) for kernels in self.moments.values() for _, cov in kernels.values()]
-        return grid(self.pair, reach, float(np.sqrt(min(variances))))
+        """p by quadrature in one dimension, or by enumeration of the states of a few bits."""
+        nodes = self.family.nodes(self)
+        return None if nodes is None else grid(self.pair, nodes)
 
     @cached_property
     def exact(self) -> Estimate | None:
-        """log p(x_0) by quadrature or in closed form."""
+        """log p(x_0) by quadrature, enumeration or in closed form."""
         if self.p is not None:
             means, covs = self.p.marginals()
             log_p = normal_log_prob(self.x_0, means[-1][:1], covs[-1])
@@ -217,8 +217,8 @@ class Evidence:
         if self.grid is None:
             return None
         log_p = self.grid.log_p
-        error = max(np.abs(grid.log_p - log_p).max() for grid in self.grid.coarser())
-        return Estimate("quadrature", log_p, float(error) + self.rounding(log_p))
+        error = max((np.abs(grid.log_p - log_p).max() for grid in self.grid.coarser()), default=0.0)
+        return Estimate(self.grid.route, log_p, float(error) + self.rounding(log_p))
 
     @cached_property
     def elbo_and_gap(self) -> tuple[np.ndarray, np.ndarray, float, str] | None:
@@ -226,29 +226,22 @@ class Evidence:
         if self.q is None or self.exact is None:
             return None
         if self.p is not None:
+            assert isinstance(self.q, LinearChain)
             k = elbo(self.q, self.p, self.x_0)
             return k, gap(self.q, self.p, self.x_0), 1e-9 * float(np.abs(k).max() + 1), "closed form"
         assert self.grid is not None
         k, distance = self.grid.elbo_and_gap(self.q)
         coarse = [grid.elbo_and_gap(self.q) for grid in self.grid.coarser()]
-        error = max(max(np.abs(a - k).max(), np.abs(b - distance).max()) for a, b in coarse) + self.exact.error
-        return k, distance, float(error), "quadrature"
+        error = max((max(np.abs(a - k).max(), np.abs(b - distance).max()) for a, b in coarse), default=0.0)
+        return k, distance, float(error + self.exact.error), self.grid.route
+
+    def count(self, name: str, what: str, mean: Any, expected: Any, number: Any, variance: Any) -> Comparison:
+        """Means of draws of ones and zeros against their expectations; see `ledger.bernstein`."""
+        return bernstein(name, "draws", mean, what, expected, number, variance, self.rate)
 
     def rounding(self, values: np.ndarray) -> float:
         """The kernels come in the precision that JAX runs in."""
         return 1e3 * self.eps * float(np.abs(values).max() + 1)
-
-    def rounding_of_kernel(self, x: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> Float[np.ndarray, " N"]:
-        """Of log N(x given mean, cov) at the precision that JAX runs in, for each row."""
-        force = np.linalg.solve(cov, (x - mean)[..., None])[..., 0]
-        turned = np.sum((np.abs(x) + np.abs(mean)) * np.abs(force), 1)
-        return 100 * self.eps * (turned + np.linalg.cond(cov) * (cov.shape[1] + np.sum((x - mean) * force, 1)))
-
-    def rounding_of_paths(self, chain: Chain) -> float:
-        """Of the log density of the first path of each datum."""
-        path, moments = self.point(0), self.moments[chain.name]
-        parts = [self.rounding_of_kernel(self.flat(path[t]), *(v[0] for v in moments[t])) for t in chain.times]
-        return float(np.sum(parts))
 
     @cached_property
     def importance(self) -> Estimate:
@@ -258,12 +251,14 @@ class Evidence:
     def ancestral(self) -> Estimate:
         """From draws of p: the half-way estimate, or where that cannot be trusted the plain one, whichever is better.
 
-        Half-way: k is the first at which half of x_0's variance is noise. Plain: k = 1.
+        Half-way: k is the first at which x_k is noise for the most part, T where none is. Plain: k = 1.
         """
         half_way = 1
-        if self.q is not None:
-            noise = [np.trace(cov) / self.pair.size for cov in self.q.marginals()[1]]
-            half_way = next((t for t, variance in enumerate(noise) if variance >= 0.5), self.pair.num_timesteps)
+        if self.q is not None and self.q.full:
+            noise = self.q.noise
+            half_way = next(
+                (t for t, share in enumerate(noise) if share >= self.family.noise_share), self.pair.num_timesteps
+            )
         estimate = self._ancestral(half_way)
         if half_way == 1 or estimate.trusted.all():
             return estimate
@@ -280,12 +275,9 @@ class Evidence:
         down = self.q.flipped() if self.q is not None else None
         for t in range(k - 1, 0, -1):
             assert down is not None
-            A, b, S = down.A[T - 1 - t], down.b[T - 1 - t], down.S[T - 1 - t]
-            mean = self.flat(path[t + 1]) @ A.T + b
-            noise = np.asarray(jax.random.normal(self.key(), mean.shape), np.float64)
-            path[t] = (mean + noise @ np.linalg.cholesky(S).T).reshape(path[t].shape).astype(path[t].dtype)
-            drawn = self.flat(path[t]).reshape(-1, self.pair.size)
-            log_q += normal_log_prob(drawn, mean.reshape(drawn.shape), S).reshape(log_q.shape)
+            above = self.flat(path[t + 1])
+            path[t] = down.draw(T - t, above, self.key()).reshape(path[t].shape).astype(path[t].dtype)
+            log_q += down.log_step(T - t, above, self.flat(path[t]))
         log_p = self.pair.log_p(path)
         return from_draws(f"ancestral draws of x_{k}", sum(np.float64(log_p[t]) for t in range(k)) - log_q)
 
@@ -316,12 +308,12 @@ class Evidence:
         return compare(name, "mean square of residuals", mean_square, "one", 1.0, tolerance, source)
 
 
-def stray_dependencies(chain: Chain, x: Any) -> list[str]:
+def stray_dependencies(chain: Chain, of_x_0: dist.Distribution, dtype: Any) -> list[str]:
     """What NumPyro's dependency inspection finds that a Markov chain does not have, such as "x_3 reads x_1"."""
 
     def joint() -> None:
-        x_0 = numpyro.sample("given", dist.Normal(x, 1.0).to_event(jnp.ndim(x)))
-        handlers.substitute(chain.program, data=chain.params)(x_0)
+        x_0 = numpyro.sample("given", of_x_0)
+        handlers.substitute(chain.program, data=chain.params)(x_0.astype(dtype))
 
     relations = get_model_relations(joint)["sample_sample"]
     stray = []
@@ -333,11 +325,3 @@ def stray_dependencies(chain: Chain, x: Any) -> list[str]:
         reads = [name for name in relations[f"x_{t}"] if name not in allowed and (name == "given" or name[:2] == "x_")]
         stray += [f"x_{t} reads {'x_0' if name == 'given' else name}" for name in reads]
     return stray
-
-
-def _stacked(
-    A: dict[int, np.ndarray], S: dict[int, np.ndarray], times: range, b: np.ndarray, size: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if not times:
-        return np.zeros((0, size, size)), b, np.zeros((0, size, size))
-    return np.stack([A[t] for t in times]), b, np.stack([S[t] for t in times])

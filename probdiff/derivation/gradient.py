@@ -1,5 +1,6 @@
-"""The gradient of K in every param, by differentiation and by finite differences on the same noise."""
+"""The gradient of K in every param, by differentiation and by finite differences on the same draws."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -33,25 +34,36 @@ class Slope:
     zero: bool
 
 
-def slopes(pair: Pair, rng_key: Key) -> list[Slope]:
-    """dK/du along every entry of the small params and a random direction of each large one, on the same noise.
+@dataclass(frozen=True)
+class Directions:
+    """Every entry of the small params and a random direction of each large one, u being the unconstrained params.
 
-    K is that of all data, for one path each. The unconstrained params of the reverse chain are moved at random by a
-    tenth first, since a network's initial weights may be where a gradient vanishes. Wants double precision.
+    `u`: where. `moves`: leaves with a leading axis, that of the directions. `labels`: the leaf, the param and a name of
+    each. `params`: the constrained params at u.
     """
-    key_noise, key_jitter, key_directions = jax.random.split(rng_key, 3)
+
+    u: Params
+    moves: Params
+    labels: list[tuple[int, str, str]]
+    params: Callable[[Params], Params]
+
+
+def directions(pair: Pair, key_jitter: Key, key_directions: Key) -> Directions:
+    """Where dK/du is taken, and along what.
+
+    The unconstrained params of the reverse chain are moved at random by a tenth first, since a network's initial
+    weights may be where a gradient vanishes. Wants double precision.
+    """
     transforms = {name: biject_to(constraint) for name, constraint in pair.constraints.items()}
     free = [name for name in pair.reverse_params if name not in transforms]
-    params = jax.tree.map(_double, jittered(pair.params, free, key_jitter))
+    params = jax.tree.map(double, jittered(pair.params, free, key_jitter))
     params = {name: transforms[name].inv(p) if name in transforms else p for name, p in params.items()}
     leaves, rest = eqx.partition(params, eqx.is_inexact_array)
 
-    def elbo(leaves: Params) -> Array:
+    def constrained(leaves: Params) -> Params:
         moved = eqx.combine(leaves, rest)
-        constrained = {name: transforms[name](p) if name in transforms else p for name, p in moved.items()}
-        return pair.elbo(constrained, key_noise)
+        return {name: transforms[name](p) if name in transforms else p for name, p in moved.items()}
 
-    gradient = jax.tree.leaves(jax.grad(elbo)(leaves))
     flat, structure = jax.tree_util.tree_flatten_with_path(leaves)
     entries = []  # which leaf, its param, a name, the direction
     for i, (path, leaf) in enumerate(flat):
@@ -68,19 +80,39 @@ def slopes(pair: Pair, rng_key: Key) -> list[Slope]:
         jnp.stack([jnp.asarray(m if k == i else np.zeros(leaf.shape)) for k, _, _, m in entries])
         for i, (_, leaf) in enumerate(flat)
     ]
+    labelled = [(i, param, name) for i, param, name, _ in entries]
+    return Directions(leaves, jax.tree.unflatten(structure, moves), labelled, constrained)
+
+
+def slopes(pair: Pair, rng_key: Key, elbo: Callable[[Params, Key], Array]) -> list[Slope]:
+    """dK/du along `directions`, of an estimate `elbo(params, rng_key)` of K that is smooth in params for one key.
+
+    K is that of all data, for one path each. Wants double precision.
+    """
+    key_noise, key_jitter, key_directions = jax.random.split(rng_key, 3)
+    along = directions(pair, key_jitter, key_directions)
+
+    def of(leaves: Params) -> Array:
+        return elbo(along.params(leaves), key_noise)
+
+    gradient = jax.tree.leaves(jax.grad(of)(along.u))
+    moves = [np.asarray(move) for move in jax.tree.leaves(along.moves)]
 
     def moved(step: Array, move: Params) -> Array:
-        return elbo(jax.tree.map(lambda leaf, m: leaf + step * m, leaves, move))
+        return of(jax.tree.map(lambda leaf, m: leaf + step * m, along.u, move))
 
-    along = jax.vmap(jax.vmap(moved, (None, 0)), (0, None))
-    k = np.asarray(along(_STEP * jnp.array([-2.0, -1.0, 1.0, 2.0]), jax.tree.unflatten(structure, moves)))
+    steps = _STEP * jnp.array([-2.0, -1.0, 1.0, 2.0])
+    k = np.asarray(jax.vmap(jax.vmap(moved, (None, 0)), (0, None))(steps, along.moves))
     near, wide = (k[2] - k[1]) / (2 * _STEP), (k[3] - k[0]) / (4 * _STEP)
     # of a sum of many terms of either sign
     rounding = 50 * float(np.finfo(np.float64).eps) * (np.abs(k).max() + len(pair.x) * pair.num_timesteps) / _STEP
     return [
-        Slope(param, name, float(np.sum(np.asarray(gradient[i]) * m)), n, w, float(rounding), not np.any(gradient[i]))
-        for (i, param, name, m), n, w in zip(entries, near.tolist(), wide.tolist(), strict=True)
-    ]
+        Slope(
+            param, name, float(np.sum(np.asarray(gradient[i]) * moves[i][j])), n, w, float(rounding),
+            not np.any(gradient[i]),
+        )
+        for j, ((i, param, name), n, w) in enumerate(zip(along.labels, near.tolist(), wide.tolist(), strict=True))
+    ]  # fmt: skip
 
 
 def jittered(params: Params, names: list[str], rng_key: Key) -> Params:
@@ -95,5 +127,6 @@ def jittered(params: Params, names: list[str], rng_key: Key) -> Params:
     return jax.tree_util.tree_map_with_path(move, params)
 
 
-def _double(leaf: Array) -> Array:
+def double(leaf: Array) -> Array:
+    """A floating-point leaf in double precision."""
     return jnp.asarray(leaf, jnp.float64) if eqx.is_inexact_array(leaf) else leaf

@@ -108,6 +108,32 @@ def monte_carlo(
     return compare(name, left_route, left, right_route, right, tolerance, source, at_least)
 
 
+def bernstein(
+    name: str,
+    left_route: str,
+    left: ArrayLike,
+    right_route: str,
+    right: ArrayLike,
+    count: ArrayLike,
+    variance: ArrayLike,
+    rate: float,
+    bound: float = 1.0,
+) -> Comparison:
+    """Means of `count` independent numbers against their expectations, which fails by chance at most at `rate`.
+
+    `variance`: the mean variance of the numbers, or more; none is further than `bound` from its expectation. By
+    Bernstein's inequality P(|mean − expectation| ≥ u) ≤ 2·exp(−count·u²/(2·(variance + bound·u/3))), rare events or
+    not. A mean of no numbers is not judged.
+    """
+    shares = 2 * np.size(np.broadcast_arrays(left, right)[0])
+    count = np.asarray(count, np.float64)
+    per_number = np.log(shares / rate) / np.maximum(count, 1)
+    third = bound * per_number / 3
+    tolerance = third + np.sqrt(third**2 + 2 * np.asarray(variance) * per_number)
+    source = "Monte Carlo, Bernstein's inequality"
+    return compare(name, left_route, np.where(count > 0, left, right), right_route, right, tolerance, source)
+
+
 @dataclass(frozen=True)
 class Row:
     """A statement, the comparisons that were made for it, and the verdict.

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from jaxtyping import Float
+
+from probdiff.types import Key
 
 type Means = Float[np.ndarray, "N D"]
 type Matrix = Float[np.ndarray, "D D"]
@@ -40,6 +43,41 @@ class LinearChain:
             bs.append(means[k - 1] - means[k] @ gain.T)
             Ss.append(covs[k - 1] - gain @ self.A[k - 1] @ covs[k - 1])
         return LinearChain(means[-1], covs[-1], np.stack(As), np.stack(bs), np.stack(Ss))
+
+    @property
+    def noise(self) -> list[float]:
+        """The mean variance of a coordinate of y_0, …, y_T."""
+        return [float(np.trace(cov)) / len(cov) for cov in self.marginals()[1]]
+
+    @property
+    def full(self) -> bool:
+        """Whether every y_k can follow every y_{k−1}: densities of normals are nowhere zero."""
+        return True
+
+    def log_marginal(self, k: int, y: Float[np.ndarray, "K D"]) -> Float[np.ndarray, "N K"]:
+        """log density of each y as y_k of each datum, nats."""
+        means, covs = self.marginals()
+        return np.stack([normal_log_prob(y, mean, covs[k]) for mean in means[k]])
+
+    def log_kernel(self, k: int, y: Float[np.ndarray, " M"]) -> Float[np.ndarray, "M M"]:
+        """log density of y_k, first axis, given y_{k−1} on the same nodes; for k = 1 given y_0 of each datum. D = 1."""
+        A, b, S = self.A[k - 1], self.b[k - 1], self.S[k - 1]
+        mean = (self.mean @ A.T + b).T if k == 1 else A * y + b[:1]
+        return -0.5 * (y[:, None] - mean) ** 2 / S - 0.5 * np.log(2 * np.pi * S)
+
+    def log_step(
+        self, k: int, before: Float[np.ndarray, "S N D"], y: Float[np.ndarray, "S N D"]
+    ) -> Float[np.ndarray, "S N"]:
+        """log density of y_k given y_{k−1}, nats."""
+        mean = before @ self.A[k - 1].T + self.b[k - 1]
+        D = y.shape[-1]
+        return normal_log_prob(y.reshape(-1, D), mean.reshape(-1, D), self.S[k - 1]).reshape(y.shape[:-1])
+
+    def draw(self, k: int, before: Float[np.ndarray, "S N D"], rng_key: Key) -> Float[np.ndarray, "S N D"]:
+        """y_k given y_{k−1}."""
+        mean = before @ self.A[k - 1].T + self.b[k - 1]
+        noise = np.asarray(jax.random.normal(rng_key, mean.shape), np.float64)
+        return mean + noise @ np.linalg.cholesky(self.S[k - 1]).T
 
     def log_prob_given_first(self, path: list[Means]) -> Float[np.ndarray, " N"]:
         """log density of y_1…y_T given y_0 for each datum, nats; `path` is y_0, …, y_T."""

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import equinox as eqx
@@ -41,9 +42,9 @@ class Chain:
         seeded = handlers.substitute(handlers.seed(self.program, rng_key), data={**self.params, **values})
         return handlers.trace(seeded).get_trace(x_0)
 
-    def kernels(self, path: Path) -> dict[int, dist.Distribution]:
-        """The distribution at each site x_t on a path x_0…x_T, without masks."""
-        values = {f"x_{t}": x for t, x in path.items() if t > 0}
+    def kernels(self, path: Path, params: Params | None = None) -> dict[int, dist.Distribution]:
+        """The distribution at each site x_t on a path x_0…x_T, without masks; at other params where given."""
+        values = {**(params or {}), **{f"x_{t}": x for t, x in path.items() if t > 0}}
         sites = self.trace(path[0], values, jax.random.key(0))
         return {t: _unmasked(sites[f"x_{t}"]["fn"]) for t in self.times}
 
@@ -56,16 +57,13 @@ class Chain:
     def log_probs(self, paths: Path) -> dict[int, Float[Array, "S N"]]:
         """Log densities of the sites on paths (S, N, *event), without masks and scales, in nats."""
 
-        def one(path: Path) -> dict[int, Float[Array, " N"]]:
-            return {t: kernel.log_prob(path[t]) for t, kernel in self.kernels(path).items()}
+        return self.each(paths, lambda kernel, x_t: kernel.log_prob(x_t))
 
-        return jax.vmap(one)(paths)
+    def each(self, paths: Path, of: Callable[[dist.Distribution, Event], Any]) -> dict[int, Any]:
+        """What `of` makes of the distribution at each site x_t and of x_t, on paths (S, N, *event): leading axis S."""
 
-    def moments(self, paths: Path) -> dict[int, tuple[Float[Array, "S N D"], Float[Array, "S N D D"]]]:
-        """Mean and covariance of the distribution at each site, on paths (S, N, *event)."""
-
-        def one(path: Path) -> dict[int, tuple[Float[Array, "N D"], Float[Array, "N D D"]]]:
-            return {t: moments(kernel, path[t]) for t, kernel in self.kernels(path).items()}
+        def one(path: Path) -> dict[int, Any]:
+            return {t: of(kernel, path[t]) for t, kernel in self.kernels(path).items()}
 
         return jax.vmap(one)(paths)
 
@@ -212,10 +210,7 @@ class Pair:
 
     def log_p(self, path: Path) -> dict[int, np.ndarray]:
         """The log densities of p's sites on paths, (S, N), nats."""
-        rows, S = max(1, _BLOCK // len(self.x)), len(path[0])
-        parts = [{t: jnp.asarray(x[i : i + rows]) for t, x in path.items()} for i in range(0, S, rows)]
-        blocks = [self.p.log_probs(part) for part in parts]
-        return {t: np.concatenate([block[t] for block in blocks]) for t in self.p.times}
+        return log_probs_in_blocks(self.p, path)
 
     def generated(self, rng_key: Key, num_draws: int) -> Path:
         """x_0…x_T from p: (S, N, *event)."""
@@ -244,11 +239,49 @@ class Pair:
         return -Trace_ELBO().loss(rng_key, params, self.p.program, self.q.program, x)
 
 
+def log_probs_in_blocks(chain: Chain, path: Path) -> dict[int, np.ndarray]:
+    """`Chain.log_probs` on many paths, (S, N), nats."""
+    (S, N), blocks = path[0].shape[:2], []
+    rows = max(1, _BLOCK // N)
+    for i in range(0, S, rows):
+        blocks.append(chain.log_probs({t: jnp.asarray(x[i : i + rows]) for t, x in path.items()}))
+    return {t: np.concatenate([block[t] for block in blocks]) for t in chain.times}
+
+
+def supports(program: Program, params: Params | None, x: np.ndarray) -> set[str]:
+    """What the sites x_t of a program draw: "bits", "numbers", or the name of another discrete distribution.
+
+    The program is run on a datum of zeros, which are in the support of both; where it raises, on the first datum.
+    None where it cannot be run or has no such sites.
+    """
+    if x.dtype.kind not in "biuf":
+        return set()
+    for one in (np.zeros_like(x[:1]), x[:1]):
+        with suppress(Exception):  # whatever a user's program may raise, which the rows report
+            sites = Chain("", program).trace(jnp.asarray(one), params or {}, jax.random.key(0))
+            return {_support(sites[f"x_{t}"]["fn"]) for t in times_of(sites)}
+    return set()
+
+
+def _support(kernel: dist.Distribution) -> str:
+    support = kernel.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if isinstance(support, type(dist.constraints.boolean)):
+        return "bits"
+    return type(kernel_base(kernel)).__name__ if kernel.support.is_discrete else "numbers"
+
+
+def kernel_base(kernel: dist.Distribution) -> dist.Distribution:
+    """The distribution within an expanded one and one of independent entries."""
+    while isinstance(kernel, dist.ExpandedDistribution | dist.Independent):
+        kernel = kernel.base_dist
+    return kernel
+
+
 def moments(kernel: dist.Distribution, y: Event) -> tuple[Float[Array, "N D"], Float[Array, "N D D"]]:
     """Mean and covariance that a distribution states of itself; where it states none, those of `density_moments`."""
-    base = kernel
-    while isinstance(base, dist.ExpandedDistribution | dist.Independent):
-        base = base.base_dist
+    base = kernel_base(kernel)
     try:
         mean = _flat(kernel.mean, y)
         if hasattr(base, "covariance_matrix") and base.event_shape == kernel.event_shape:

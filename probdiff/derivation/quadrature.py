@@ -1,36 +1,61 @@
-"""Chains of one dimension by quadrature: p(x_0), K and the gap between them, on a grid over every x_t."""
+"""Chains of one dimension by quadrature and of few bits by enumeration: p(x_0), K and the gap between them."""
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 from scipy.special import logsumexp
 
-from probdiff.derivation.linear import LinearChain
 from probdiff.derivation.pair import Pair
+from probdiff.types import Key
 
 _MOST = 5e7  # entries of the kernels on the nodes, T·M²
 NODES_PER_STD = 1.6  # the trapezium rule on a Gaussian is then right to 11 digits
 
 
+class Closed(Protocol):
+    """A chain y_0…y_T in closed form for N data, y_0 being known: `LinearChain` and `TwoStateChain`."""
+
+    @property
+    def noise(self) -> list[float]: ...
+    @property
+    def full(self) -> bool: ...
+    def flipped(self) -> "Closed": ...
+    def log_marginal(self, k: int, y: np.ndarray) -> np.ndarray: ...
+    def log_kernel(self, k: int, y: np.ndarray) -> np.ndarray: ...
+    def log_step(self, k: int, before: np.ndarray, y: np.ndarray) -> np.ndarray: ...
+    def draw(self, k: int, before: np.ndarray, rng_key: Key) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Grid:
-    """p on the nodes `y` (M,) with spacing h: log p(x_T), (M,), and log p(x_{t−1} = y_i given x_t = y_j), (T, M, M).
+    """p on the nodes `y`: log p(x_T), (M,), and log p(x_{t−1} = y_i given x_t = y_j), (T, M, M).
 
-    `log_reconstruction` (N, M) is log p(x_0 given x_1 = y_j) of each datum. Nats.
+    y is (M,) with spacing h on the line, or all states of D bits (M, D), each counted as it is. `log_reconstruction`
+    (N, M) is log p(x_0 given x_1 = y_j) of each datum. Nats.
     """
 
-    y: Float[np.ndarray, " M"]
+    y: Float[np.ndarray, "M *D"]
     log_prior: Float[np.ndarray, " M"]
     log_kernels: Float[np.ndarray, "T M M"]
     log_reconstruction: Float[np.ndarray, "N M"]
 
     @property
+    def of_states(self) -> bool:
+        return self.y.ndim == 2
+
+    @property
+    def route(self) -> str:
+        return "enumeration" if self.of_states else "quadrature"
+
+    @property
     def log_h(self) -> float:
-        return float(np.log(self.y[1] - self.y[0]))
+        return 0.0 if self.of_states else float(np.log(self.y[1] - self.y[0]))
 
     @cached_property
     def log_marginals(self) -> list[Float[np.ndarray, " M"]]:
@@ -50,34 +75,42 @@ class Grid:
         """∫ p(x_0) dx_0."""
         return float(np.exp(logsumexp(self.log_marginals[0]) + self.log_h))
 
+    def largest_gap(self, x: Float[np.ndarray, "S D"]) -> float:
+        """Between the distribution functions of draws of x_0 and of p(x_0), states in the order of `y`."""
+        if not self.of_states:
+            return float(stats.kstest(x[:, 0], self.cdf).statistic)
+        counts = np.bincount(state_number(x), minlength=len(self.y))
+        return float(np.abs(np.cumsum(counts / len(x) - np.exp(self.log_marginals[0]))).max())
+
     def cdf(self, x: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
-        """The distribution function of p(x_0)."""
+        """The distribution function of p(x_0) on the line."""
         density = np.exp(self.log_marginals[0] + self.log_h)
         return np.interp(x, self.y, np.cumsum(density) - density / 2)
 
     def coarser(self) -> list["Grid"]:
-        """Every other node, and the inner nine tenths: how their results differ bounds the error."""
+        """Every other node, and the inner nine tenths: how their results differ bounds the error. None of states."""
+        if self.of_states:
+            return []
         inner = slice(len(self.y) // 20, len(self.y) - len(self.y) // 20)
         return [
             Grid(self.y[k], self.log_prior[k], self.log_kernels[:, k, k], self.log_reconstruction[:, k])
             for k in (slice(None, None, 2), inner)
         ]
 
-    def elbo_and_gap(self, q: LinearChain) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    def elbo_and_gap(self, q: Closed) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
         """K of N17 for each datum, and E_q KL(q(x_1…x_T given x_0) ‖ p(x_1…x_T given x_0)) by Bayes' rule on p.
 
         K = E_q[log p(x_T)] + Σ_t E_q[log p(x_{t−1} given x_t) − log q(x_t given x_{t−1})];
         the gap is Σ_t E_q[log q(x_t given x_{t−1}) − log p(x_t given x_{t−1})], each p normalised on the nodes.
         """
-        T, y, h = len(q.A), self.y[:, None], np.exp(self.log_h)
-        log_q_t = _log_normal(y, (q.mean @ q.A[0].T + q.b[0]).T, q.S[0])  # (M, N), now t = 1
+        T, h = len(self.log_kernels), np.exp(self.log_h)
+        log_q_t = q.log_kernel(1, self.y)  # (M, N), now t = 1
         elbo = np.sum(np.exp(log_q_t) * (self.log_reconstruction.T - log_q_t), 0) * h
         bayes = self.log_reconstruction.T + self.log_marginals[1][:, None]
         bayes = bayes - logsumexp(bayes, axis=0) - self.log_h
         gap = np.sum(np.exp(log_q_t) * (log_q_t - bayes), 0) * h
         for t in range(2, T + 1):
-            mean = q.A[t - 1] * self.y + q.b[t - 1, :1]
-            log_step = _log_normal(y, mean, q.S[t - 1])  # (M of x_t, M of x_{t−1})
+            log_step = q.log_kernel(t, self.y)  # (M of x_t, M of x_{t−1})
             step, q_prev = np.exp(log_step), np.exp(log_q_t)
             to = self.log_kernels[t - 1].T  # (M of x_t, M of x_{t−1})
             elbo += np.sum(step * (to - log_step), 0) @ q_prev * h**2
@@ -88,27 +121,40 @@ class Grid:
         return elbo + self.log_prior @ np.exp(log_q_t) * h, gap
 
 
-def grid(pair: Pair, reach: float, narrowest: float) -> Grid | None:
-    """The chain p of a pair on nodes from −reach to reach, fine enough for kernels of std `narrowest`.
-
-    None where that takes too much memory.
-    """
+def line(reach: float, narrowest: float) -> Float[np.ndarray, " M"]:
+    """Nodes from −reach to reach, fine enough for kernels of std `narrowest`."""
     nodes = 1 + 200 * int(np.ceil(NODES_PER_STD * reach / narrowest / 100))  # few sizes, so few compilations
-    if pair.num_timesteps * nodes**2 > _MOST:
+    return np.linspace(-reach, reach, nodes)
+
+
+def states(size: int) -> Float[np.ndarray, "M D"]:
+    """All M = 2^D states of D bits; the first bit counts one, the next two, and so on."""
+    return (np.arange(2**size)[:, None] >> np.arange(size) & 1).astype(np.float64)
+
+
+def state_number(x: Float[np.ndarray, "... D"]) -> np.ndarray:
+    """Where bits stand among `states`."""
+    return (x @ 2.0 ** np.arange(x.shape[-1])).astype(int)
+
+
+def grid(pair: Pair, y: Float[np.ndarray, "M *D"]) -> Grid | None:
+    """The chain p of a pair on the nodes y, (M,) on the line or (M, D) of bits; None where it takes too much memory."""
+    T, event = pair.num_timesteps, pair.x.shape[1:]
+    if T * len(y) ** 2 > _MOST:
         return None
-    y = np.linspace(-reach, reach, nodes)
-    to = jnp.asarray(y).reshape(-1, 1, *pair.x.shape[1:])
-    one = pair.x[:1]
+    dtype = pair.x.dtype if y.ndim == 2 else None
+    nodes = jnp.asarray(y, dtype).reshape(-1, *event)
+    to, one = nodes[:, None], pair.x[:1]
 
     def columns(x_t: jax.Array) -> dict[int, jax.Array]:
         path = {t: jnp.broadcast_to(x_t, one.shape) for t in pair.p.times}
         return {t: kernel.log_prob(to)[:, 0] for t, kernel in pair.p.kernels(path).items()}
 
-    log_p = {t: np.asarray(block, np.float64) for t, block in jax.vmap(columns)(jnp.asarray(y)).items()}
-    T = pair.num_timesteps
+    log_p = {t: _finite(np.asarray(block, np.float64)) for t, block in jax.vmap(columns)(nodes).items()}
     kernels = np.stack([log_p[t].T for t in range(T)])
-    return Grid(y, log_p[T][0], kernels, pair.log_p_given_x_1(y.reshape(-1, *pair.x.shape[1:])).T)
+    return Grid(y, log_p[T][0], kernels, _finite(pair.log_p_given_x_1(nodes)).T)
 
 
-def _log_normal(x: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    return -0.5 * (x - mean) ** 2 / variance - 0.5 * np.log(2 * np.pi * variance)
+def _finite(log_p: np.ndarray) -> np.ndarray:
+    """With a number in place of −∞, so that where q has no mass either nothing is left of it."""
+    return np.maximum(log_p, -1e100)

@@ -1,6 +1,6 @@
 """The statements N1…N17: what the derivation of the diffusion ELBO says, in the order in which it says it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Statement:
 
 _CHAIN = r"\prod_{t=1}^{T} \frac{p(x^{(t-1)} \mid x^{(t)})}{q(x^{(t)} \mid x^{(t-1)})}"
 
-STATEMENTS = (
+STATEMENTS: tuple[Statement, ...] = (
     Statement(
         "N1",
         "q carries the data distribution q(x_0) to q(x_T) = N(0, I)",
@@ -108,4 +108,31 @@ STATEMENTS = (
         r"- \sum_t \log q(x^{(t)} \mid x^{(t-1)}) \Big]",
         "the notes stop at N16; this is the step that they lead to",
     ),
+)
+
+_OF_BITS = {
+    "N1": (
+        "q carries the data distribution q(x_0) to q(x_T) = Bernoulli(π) of each bit",
+        r"q(x^{(0)}) \longrightarrow q(x^{(T)}) = \mathcal B(\pi)",
+    ),
+    "N3": (
+        "q(x_t | x_{t-1}) = Bernoulli(x_{t-1}·(1−β_t) + π·β_t) of each bit",
+        r"q(x^{(t)} \mid x^{(t-1)}) = \mathcal B(x^{(t-1)} (1-\beta_t) + \pi \beta_t)",
+    ),
+    "N6": (
+        "for small steps q(x_{t-1} | x_t) has the form of q(x_t | x_{t-1}), a product of Bernoullis (Feller)",
+        r"\beta_t \to 0:\ q(x^{(t-1)} \mid x^{(t)}) \to \prod_i \mathcal B",
+    ),
+    "N7": (
+        "p runs from p(x_T) = Bernoulli(π) of each bit to the data distribution",
+        r"p(x^{(T)}) = \mathcal B(\pi) \longrightarrow p(x^{(0)})",
+    ),
+    "N8": (
+        "p is first-order Markov with p(x_{t-1} | x_t) a distribution of bits, of rates f_μ(x_t, t) and covariance f_Σ",
+        r"p(x^{(t-1)} \mid x^{(t)}) = \mathcal B(f_\mu(x^{(t)}, t)) \text{ or a mixture of such}",
+    ),
+}
+STATEMENTS_OF_BITS: tuple[Statement, ...] = tuple(
+    replace(one, text=_OF_BITS[one.tag][0], latex=_OF_BITS[one.tag][1]) if one.tag in _OF_BITS else one
+    for one in STATEMENTS
 )
