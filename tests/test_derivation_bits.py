@@ -297,12 +297,11 @@ def test_right_pairs_hold(name):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.slow
-@pytest.mark.parametrize("group", range(2))
-def test_the_right_pair_holds_for_every_seed(group):
-    """100 seeds at a failure rate of 1e-4 each: some seed would fail in one of 100 such tests."""
+def test_the_right_pair_holds_for_every_seed():
+    """30 seeds at a failure rate of 1e-4 each: some seed would fail in one of 300 such tests."""
     scores = {"N9": [], "N14": [], "N17": []}
     z = stats.norm.isf(1e-4 / 50 / 2)
-    for seed in range(50 * group, 50 * group + 50):
+    for seed in range(30):
         ledger = check(RIGHT, seed)
         assert {row.verdict for row in ledger} <= {"holds", "approximate"}, str(ledger)
         table = ledger.comparisons()
@@ -312,7 +311,7 @@ def test_the_right_pair_holds_for_every_seed(group):
             one = noisy.loc[[tag]].iloc[0]
             values.append(z * one.difference / one.tolerance)
     for values in scores.values():  # standard scores, so the tolerances are neither too tight nor too wide
-        assert abs(np.mean(values)) < 5 / np.sqrt(50)
+        assert abs(np.mean(values)) < 5 / np.sqrt(30)
         assert 0.6 < np.std(values) < 1.4
 
 
@@ -336,8 +335,7 @@ def test_a_binomial_diffusion_holds_in_every_form(components):
     assert f"L − K is {log_p.mean() - k:.4g} nats" in ledger["N17"].detail
 
 
-@pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("num_timesteps", [1, 3])
+@pytest.mark.parametrize(("num_timesteps", "double"), [(1, False), (1, True), (3, True)])
 def test_the_posterior_order_and_a_last_step_that_keeps_nothing_hold(num_timesteps, double):
     with jax.enable_x64(double):
         d, params = small(2, T=num_timesteps, schedule=schedules.harmonic(num_timesteps))
