@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ def _digest(leaves: list[Any]) -> str:
     digest = hashlib.sha256()
     for leaf in leaves:
         array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 
@@ -33,13 +35,19 @@ def _raw(tree: Any) -> list[np.ndarray]:
 
 
 def configuration(
-    settings: dict[str, Any], d: Any, x: Data | Stream, validation: Data | None, rng_key: Key, state: Any
+    settings: dict[str, Any],
+    d: Any,
+    x: Data | Stream,
+    units: tuple[Any, Any],
+    validation: Data | None,
+    rng_key: Key,
+    state: Any,
 ) -> dict[str, Any]:
     """What must be the same in the run that a checkpoint goes on with."""
     with np.printoptions(threshold=10**9, precision=17):
-        program = repr(d)
-    # mean and standard deviation stand for the rows of a file
-    whole = [x.shape, x.starts, x.loc, x.scale] if isinstance(x, Stream) else [x]
+        program = re.sub(r" at 0x[0-9a-f]+", "", repr(d))  # an address is another in each process
+    # of a file its units, the mean and the standard deviation, stand for the rows
+    whole = [x.shape, x.starts, *units] if isinstance(x, Stream) else [x, *units]
     return {
         **settings,
         "diffusion": program,

@@ -3,15 +3,10 @@
 import hashlib
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +20,7 @@ from numpyro import handlers
 from probdiff import datasets, derivation, devices, diagnostics, families, networks, plots, schedules
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.files import atomic_write
+from probdiff.processes import start_processes
 from probdiff.results import Fit
 from probdiff.results import fit as fit_diffusion
 
@@ -51,7 +47,6 @@ _PROCESSES = "processes that share the fit, started here; 0: this is one of thos
 _NEWER_OPTIONS = {"binary": False, "base_rate": 0.5, "components": 1}  # that earlier runs do not hold
 _EVALUATED = 500  # held-out rows in the DataTree, where T ≤ 40; fewer in longer chains, for the same time
 _DRAWS = 200
-_GRACE = 3.0  # seconds
 
 
 @app.command()
@@ -88,7 +83,7 @@ def fit(
         raise ValueError(f"--processes is {processes}; it must be 1 or more, or 0 for one of those started elsewhere")
     if processes != 1 and not jax.distributed.is_initialized():
         if processes:
-            raise typer.Exit(_start_processes(processes))
+            raise typer.Exit(start_processes(processes))
         jax.distributed.initialize()
     first = jax.process_index() == 0
     run = Run(out or Path("runs") / Path(data).stem, options)
@@ -327,52 +322,6 @@ class Run:
         print(f"Time: {fit_time}{evaluation:.0f} s to evaluate. Run folder: {self.folder}")
 
 
-def _start_processes(n: int) -> int:
-    """Runs this command in n processes of this machine, joined over loopback; the exit code of the first that fails.
-
-    The first process alone prints, but for the errors of another where those are its own.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    start = f"import sys, jax; jax.distributed.initialize({address!r}, {n}, int(sys.argv.pop(1)))"
-    start += "; from probdiff.cli import main; main()"
-    with tempfile.TemporaryFile("w+") as unshown:
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-c", start, str(i), *sys.argv[1:]],
-                stdout=subprocess.DEVNULL if i else None,
-                stderr=unshown if i else None,
-            )
-            for i in range(n)
-        ]
-        try:
-            while (failed := _failed(running)) is None and any(process.poll() is None for process in running):
-                time.sleep(0.1)
-            if failed is not None:
-                with suppress(subprocess.TimeoutExpired):
-                    running[0].wait(_GRACE)  # an error of all processes is the first one's to tell
-                failed = 0 if running[0].poll() else failed
-        finally:
-            for process in running:
-                process.kill()
-            codes = [process.wait() for process in running]
-        if failed is None:
-            return 0
-        code = codes[failed]
-        if code < 0:
-            name = signal.Signals(-code).name
-            print(f"probdiff: process {failed} of {n} was ended by {name}; is memory short?", file=sys.stderr)
-        elif failed:
-            unshown.seek(0)
-            print(unshown.read().rstrip(), file=sys.stderr)
-        return code if code > 0 else 128 - code
-
-
-def _failed(running: list[subprocess.Popen]) -> int | None:
-    return next((i for i, process in enumerate(running) if process.poll()), None)
-
-
 def _digest(x: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
 
@@ -385,6 +334,11 @@ def _se(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
+def _tell(error: Exception, message: str) -> None:
+    if devices.OF_FIRST not in getattr(error, "__notes__", ()):  # else the first process tells it
+        print(f"probdiff: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Runs the command; an error is one line on standard error and a non-zero exit."""
     warnings.showwarning = lambda message, *_: print(f"probdiff: warning: {message}", file=sys.stderr)
@@ -393,10 +347,10 @@ def main() -> None:
     except typer.Abort:
         code = 130
     except typer.TyperException as error:
-        print(f"probdiff: {getattr(error, 'format_message', error.__str__)()}", file=sys.stderr)
+        _tell(error, getattr(error, "format_message", error.__str__)())
         code = getattr(error, "exit_code", 2)
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
-        print(f"probdiff: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(error, " ".join(str(error).split()))
         code = 1
     if code and jax.distributed.is_initialized():
         sys.stdout.flush()

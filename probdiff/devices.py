@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("chain", "data")
+OF_FIRST = "raised in the first process"
 
 
 def choose_mesh(mesh: Mesh | None, num_chains: int, batch_size: int) -> Mesh | None:
@@ -102,23 +103,38 @@ def fetch(tree: Any, mesh: Mesh | None) -> Any:
 def from_first_process[Result](compute: Callable[[], Result]) -> Result:
     """What `compute` returns in the first of several processes, which alone runs it; where it raises, all raise that.
 
-    The result is to have NumPy arrays alone, so that it comes to the other processes bit by bit.
+    The result is to have NumPy arrays alone, so that it comes to the other processes bit by bit. An error has the note
+    `OF_FIRST` in those.
     """
     if jax.process_count() == 1:
         return compute()
-    sent = np.zeros(0, np.uint8)
-    if jax.process_index() == 0:
+    first, sent = jax.process_index() == 0, np.zeros(0, np.uint8)
+    error: Exception | None = None
+    if first:
         try:
-            outcome: tuple[Any, Exception | None] = compute(), None
-        except Exception as raised:  # whatever it is, it is raised again in every process
-            outcome = None, raised
-        sent = np.frombuffer(pickle.dumps(outcome), np.uint8)
+            result = compute()
+            outcome = pickle.dumps((result, None))
+        except Exception as raised:  # whatever it is, the others wait for it
+            error, outcome = raised, pickle.dumps((None, _sendable(raised)))
+        sent = np.frombuffer(outcome, np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.uint32(len(sent))))
-    sent = sent if len(sent) else np.zeros(size, np.uint8)
-    result, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
+    sent = multihost_utils.broadcast_one_to_all(sent if first else np.zeros(size, np.uint8))
+    if not first:
+        result, error = pickle.loads(np.asarray(sent).tobytes())
+        if error is not None:
+            error.add_note(OF_FIRST)
     if error is not None:
         raise error
     return result
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or where its class cannot be pickled one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # in as many ways as there are classes
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def check_same(arguments: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from numpyro import handlers
 from probdiff import diagnostics
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.derivation.linear import LinearChain, normal_log_prob
-from probdiff.derivation.quadrature import NODES_PER_STD
+from probdiff.derivation.quadrature import NODES_PER_STD, states
 from probdiff.likelihood import LogLikelihood
 from probdiff.types import Data, Params
 
@@ -82,7 +82,7 @@ def _enumeration(d: BinomialDiffusion, params: Params, x_0: np.ndarray) -> np.nd
         raise ValueError(
             f'method "exact" sums over all states of at most {_MOST_BITS} bits, not {size}: use "iwae" or "smc"'
         )
-    x = jnp.asarray((np.arange(2**size)[:, None] >> np.arange(size) & 1).reshape(-1, *d.event_shape), jnp.uint8)
+    x = jnp.asarray(states(size).reshape(-1, *d.event_shape), jnp.uint8)
     _, kernel = handlers.substitute(d.kernels, data=params)()
 
     @jax.jit

@@ -264,11 +264,14 @@ def _without_ties(log_w: Float[np.ndarray, "*batch S"]) -> Float[np.ndarray, "*b
     """
     rows = np.array(log_w).reshape(-1, log_w.shape[-1])
     for row in rows:
-        order = np.argsort(row, kind="stable")
-        new = np.diff(row[order], prepend=-np.inf) > _TIE
-        if new.mean() > 0.5 or new.sum() == 1 or not np.isfinite(row).all():
+        if not np.isfinite(row).all():
             continue
+        order = np.argsort(row, kind="stable")
+        new = np.append(True, np.diff(row[order]) > _TIE)
         values, group = row[order][new], np.cumsum(new) - 1
+        together = row[order] - values[group] < 10 * _TIE  # else they lie densely, and are no ties
+        if new.mean() > 0.5 or len(values) == 1 or not together.all():
+            continue
         middle = (values[1:] + values[:-1]) / 2
         lower = np.concatenate([[2 * values[0] - middle[0]], middle])
         upper = np.concatenate([middle, [2 * values[-1] - middle[-1]]])

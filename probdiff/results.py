@@ -90,8 +90,7 @@ def fit(
         loc, scale = d.family.units(x)
         kept, held_out = _hold_out(d, x, validation, rng_key)
         data = _to_chain(d, kept, loc, scale)
-    if few and held_out is not None and patience is None:
-        patience = 20
+    patience = 20 if few and held_out is not None and patience is None else patience
     if patience is not None and held_out is None:
         raise ValueError("patience wants validation data to watch; pass validation=")
     settings = training.Settings(
@@ -111,6 +110,7 @@ def fit(
         data,
         settings,
         rng_key=rng_key,
+        units=(loc, scale),
         validation=None if held_out is None else _to_chain(d, held_out, loc, scale),
         checkpoint_dir=checkpoint_dir,
         resume=resume,

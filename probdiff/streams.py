@@ -94,8 +94,9 @@ def stream(path: str | Path, columns: Sequence[str] | None = None, block_rows: i
     """The rows of a .npy or .parquet file that need not fit in memory, to be given to `fit` in place of x.
 
     A step's batch is drawn from a buffer of shuffled blocks, and a new buffer is read at every check. So rows should
-    not lie in an order that matters over more than a block: `block_rows` of a .npy file, by default 4,096 or 16 MiB,
-    or a row group of .parquet. Memory holds three buffers, of 256 MiB each or of one block where that is larger.
+    not lie in an order that matters over more than a block: `block_rows` of a .npy file, by default 4,096 or,
+    where those are more than 16 MiB, as many as that, or a row group of .parquet. A buffer is of at most 256 MiB as
+    float32, or of one block where that is larger. Memory holds the one in use, two that are read ahead, and copies.
     Raises `ValueError` for a file that is not there, is of another kind, or does not hold floating-point numbers.
     """
     path = Path(path)

@@ -176,6 +176,7 @@ def train(
     settings: Settings,
     *,
     rng_key: Key,
+    units: tuple[Any, Any] = (0.0, 1.0),
     validation: Data | None = None,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
@@ -184,6 +185,7 @@ def train(
 ) -> Trained:
     """Fits C chains side by side to x (N, *event_shape), in the chain's own units, by minimising the negative of N17.
 
+    `units`, where those have zero and one in the data's, tell data apart that are the same but for their units.
     The rows of each batch are drawn on the device, with replacement; those of a `Stream` from one buffer after the
     other, a new one after every check. With `validation` data, what is checked is a moving average of the params over
     the last hundred steps or so, and each chain keeps that of its best check. With `checkpoint_dir`, `resume=True` goes
@@ -191,7 +193,7 @@ def train(
     Among several devices chains and batches are shared out as `devices.choose_mesh` says.
     Raises `FloatingPointError` where the loss stops being finite; `FileExistsError` where `checkpoint_dir` holds
     a run and `resume` is false; `ValueError` where it holds a run of another configuration, and where several processes
-    are given different arguments. Of several processes all raise what the first does.
+    are given different arguments. What the first of several processes raises in a check or a checkpoint, all raise.
     """
     if resume and checkpoint_dir is None:
         raise ValueError("resume wants the folder of the run to go on with; pass checkpoint_dir=")
@@ -213,8 +215,9 @@ def train(
     run = make_steps(d, svi, settings, mesh)
     first_check, checkpoints = 0, None
     if checkpoint_dir is not None or jax.process_count() > 1:
-        arguments = configuration(asdict(settings), d, x, validation, rng_key, state)
-        devices.check_same(arguments | {"checkpoint_dir": checkpoint_dir is None})
+        arguments = configuration(asdict(settings), d, x, units, validation, rng_key, state)
+        layout = None if mesh is None else mesh.shape
+        devices.check_same(arguments | {"checkpoint_dir": checkpoint_dir is None, "mesh": layout})
     if checkpoint_dir is not None:
         checkpoints = Checkpoints(Path(checkpoint_dir), arguments, resume)
         first_check, progress = checkpoints.restore(progress)

@@ -299,16 +299,18 @@ def test_the_best_products_of_bits_are_those_of_enumeration_and_a_fit_comes_near
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("wrong", "words"),
     [
-        (([0, 1], [0.5]), r"sequences has shape \(2,\)"),
-        (([[0, 2]], [0.5]), "bits are wanted"),
-        (([[0, 1]], [0.0]), "beta is"),
+        ({"sequences": [0, 1]}, r"sequences has shape \(2,\)"),
+        ({"sequences": [[0, 2]]}, "bits are wanted"),
+        ({"beta": [0.0]}, "beta is"),
+        ({"base_rate": 1.0}, "base_rate is 1.0"),
+        ({"num_draws": 1}, "num_draws is 1"),
     ],
 )
-def test_the_oracle_of_bits_refuses_what_cannot_be_meant(arguments, words):
+def test_the_oracle_of_bits_refuses_what_cannot_be_meant(wrong, words):
     with pytest.raises(ValueError, match=words):
-        best_terms(*arguments, num_draws=10)
+        best_terms(**{"sequences": [[0, 1]], "beta": [0.5], "num_draws": 10} | wrong)
 
 
 @pytest.mark.parametrize(("make", "clipped"), [(probdiff.BinomialDiffusion, False), (probdiff.GaussianDiffusion, True)])

@@ -295,6 +295,32 @@ def test_right_pairs_hold(name):
         assert "enumeration" in set(ledger.comparisons().loc[["N17"], "left route"])
 
 
+class Opaque(dist.Distribution):
+    """Independent bits that say no more of themselves than a density and draws."""
+
+    support = dist.constraints.independent(dist.constraints.boolean, 1)
+
+    def __init__(self, rates):
+        self.inside = bernoulli(rates)
+        super().__init__(self.inside.batch_shape, self.inside.event_shape)
+
+    def log_prob(self, value):
+        return self.inside.log_prob(value)
+
+    def sample(self, key, sample_shape=()):
+        return self.inside.sample(key, sample_shape)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.slow
+def test_kernels_of_unknown_rates_are_not_called_wrong():
+    pair = Hand(beta=np.array([0.8, 0.9]), mean=lambda x, t: 0.25 + 0.1 * x, kernel=Opaque)
+    ledger = check(pair, x=HEART, f_mu=None, f_sigma=None)
+    assert ledger["N8"].verdict == "not applicable"
+    assert "the rates of p's kernels of 20 bits have no closed form" in ledger["N8"].detail
+    assert not ledger.failures
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.slow
 def test_the_right_pair_holds_for_every_seed():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from probdiff import devices
+from probdiff import GaussianDiffusion, devices, schedules
+from probdiff.checkpoints import configuration
 
 TESTS = str(Path(__file__).parent)
 
@@ -135,6 +136,10 @@ def wrong(kind, **options):
     except kind as error:
         said.append(str(error))
 wrong(ValueError, x=test_training.X[:61] + index)
+import probdiff
+fit_here, fit = fit, lambda x: probdiff.fit(mlp_diffusion(), x, rng_key=test_training.KEY, num_steps=1, batch_size=4)
+wrong(ValueError, x=test_training.X * 2.0**index)  # the same, but for their units
+fit = fit_here
 if index == 0:
     Path(sys.argv[1] + "-run").mkdir()
     Path(sys.argv[1] + "-run/configuration.json").write_text("{}")
@@ -146,8 +151,9 @@ save(np.array(said))
 """
     for (said,) in run(str(tmp_path / "fit"), code, count=2):
         assert said[0].startswith("x is not the same in every process: process 1 has another")
-        assert "already holds a run" in said[1]
-        assert said[2].startswith("the validation ELBO is [nan] at step 10")
+        assert said[1] == said[0]
+        assert "already holds a run" in said[2]
+        assert said[3].startswith("the validation ELBO is [nan] at step 10")
 
 
 @pytest.mark.parametrize(
@@ -158,6 +164,19 @@ def test_bad_meshes_are_refused(axes, words, monkeypatch):
     monkeypatch.setattr(Mesh, "shape", dict.fromkeys(axes, 3))  # one device here
     with pytest.raises(ValueError, match=words):
         devices.choose_mesh(Mesh(np.array(jax.devices()), axes), 2, 16)
+
+
+def test_a_diffusion_is_the_same_wherever_its_parts_lie_in_memory():
+    """Of a recipe without a `repr` of its own."""
+
+    class Recipe:
+        def build(self, *_): ...
+
+    made = [GaussianDiffusion((2,), schedules.linear(3), Recipe()) for _ in range(2)]
+    assert repr(made[0]) != repr(made[1])
+    x, key = np.zeros((2, 2)), jax.random.key(0)
+    first, second = (configuration({}, d, x, (0.0, 1.0), None, key, {}) for d in made)
+    assert first == second
 
 
 def test_devices_left_idle_are_told(monkeypatch):

@@ -14,7 +14,7 @@ ORDER = [
     "derivation.score", "derivation.linear", "derivation.two_state", "derivation.quadrature", "derivation.feller",
     "derivation.flips", "derivation.oracle", "derivation.oracle_of_bits", "derivation.bernoulli", "derivation.evidence",
     "derivation.gaussian", "derivation.bits", "derivation.chain_rows", "derivation.bound_rows", "derivation", "exact",
-    "results", "cli",
+    "results", "processes", "cli",
 ]  # fmt: skip
 PACKAGE = Path(probdiff.__file__).parent
 

@@ -14,9 +14,9 @@ from numpyro.infer import TraceMeanField_ELBO
 from probdiff.chains import Diffusion
 from probdiff.datasets import check_bits, check_data
 from probdiff.derivation import bound_rows, chain_rows
-from probdiff.derivation.bits import Bits
+from probdiff.derivation.bits import PairOfBits
 from probdiff.derivation.evidence import Evidence, Family, Finding, NotApplicable, Wrong
-from probdiff.derivation.gaussian import Gaussian
+from probdiff.derivation.gaussian import GaussianPair
 from probdiff.derivation.gradient import jittered
 from probdiff.derivation.ledger import Comparison, Ledger, Row, Verdict
 from probdiff.derivation.pair import Pair, Program, supports
@@ -126,8 +126,8 @@ def _family_and_data(model: Program, guide: Program, params: Params | None, x: n
     if drawn == {"bits", "numbers"}:
         raise TypeError("some x_t of the pair are bits and some have a density; they must be of one kind")
     if drawn == {"bits"}:
-        return Bits(), check_bits(x, x.shape[1:], "x").astype(x.dtype)
-    return Gaussian(), check_data(x, x.shape[1:], "x").astype(jnp.result_type(float))
+        return PairOfBits(), check_bits(x, x.shape[1:], "x").astype(x.dtype)
+    return GaussianPair(), check_data(x, x.shape[1:], "x").astype(jnp.result_type(float))
 
 
 def typical_params(d: Diffusion, rng_key: Key) -> Params:

@@ -12,7 +12,7 @@ from scipy.special import log_expit, logsumexp, rel_entr
 
 from probdiff.derivation import flips
 from probdiff.derivation.bernoulli import MOST_BITS, log_odds_of_product, mixture_parts, moments
-from probdiff.derivation.evidence import Evidence, Moments, Wrong
+from probdiff.derivation.evidence import Evidence, Moments, NotApplicable, Wrong
 from probdiff.derivation.gradient import directions
 from probdiff.derivation.ledger import Comparison, bernstein, machine
 from probdiff.derivation.pair import Chain, Path, log_probs_in_blocks
@@ -22,7 +22,7 @@ from probdiff.derivation.statements import STATEMENTS_OF_BITS
 from probdiff.derivation.two_state import TwoStateChain
 from probdiff.types import Key, Params
 
-_MOST_BITS = 10  # of a chain whose states are enumerated
+_ENUMERATED = 10  # of a chain whose states are enumerated
 _MOST_PAIRS = 200  # of x_s and x_t whose mixed difference is taken
 _FLIPPED = 16  # bits of x_t flipped one by one
 _REVERSED = 6  # bits of N6 at the chain's own β_t
@@ -30,7 +30,7 @@ _NEVER = -500.0  # log probability of what cannot be, in place of −∞
 _PATHS = 2**22  # through all states: N·T·M² of the largest K that is summed over them
 
 
-class Bits:
+class PairOfBits:
     """q(x_t given x_{t−1}) = Bernoulli(x_{t−1}·(1−β_t) + π·β_t) of each bit, p(x_T) = Bernoulli(π).
 
     p(x_{t−1} given x_t) is any distribution of bits. See `evidence.Family`.
@@ -88,7 +88,7 @@ class Bits:
         return None
 
     def nodes(self, e: Evidence) -> np.ndarray | None:
-        return states(e.pair.size) if e.pair.size <= _MOST_BITS else None
+        return states(e.pair.size) if e.pair.size <= _ENUMERATED else None
 
     def beta(self, e: Evidence) -> tuple[np.ndarray, str]:
         return _read(e)[0].mean((1, 2)), "the kernels' P(1 given 0) + P(0 given 1)"
@@ -246,6 +246,8 @@ class Bits:
         signs = _signs(e)
         for t in range(e.pair.num_timesteps):
             mean, cov = (values[4:] for values in e.moments["p"][t])
+            if np.isnan(mean).any():
+                raise NotApplicable(f"the rates of p's kernels of {e.pair.size} bits have no closed form")
             x = e.flat(e.generated[t][: len(mean)])
             number = mean[..., 0].size
             drawn.append(x.mean((0, 1)))
@@ -293,7 +295,7 @@ class Bits:
     def mean_slopes(self, e: Evidence) -> list[MeanSlope]:
         """Where all paths of few bits can be summed over, and each kind of flip is drawn often enough."""
         (N, D), T, M = e.x_0.shape, e.pair.num_timesteps, 2**e.pair.size
-        if not e.holds["N3"] or D > _MOST_BITS or N * T * M**2 > _PATHS:
+        if not e.holds["N3"] or D > _ENUMERATED or N * T * M**2 > _PATHS:
             return []
         pi = _pi(e)
         along = directions(e.pair, *jax.random.split(e.key()))

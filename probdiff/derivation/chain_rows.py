@@ -167,6 +167,10 @@ def n8(e: Evidence) -> Finding:
         )
     ]
     found += _kernels_are_as_stated(e, p)
+    try:
+        found += e.family.reverse_draws(e)
+    except NotApplicable as why:
+        raise NotApplicable(str(why), found) from why
     for name, index in (("f_mu", 0), ("f_sigma", 1)):
         claim = e.claims[name]
         if claim is None:
@@ -183,7 +187,6 @@ def n8(e: Evidence) -> Finding:
             of_claim = np.broadcast_to(of_claim.reshape(-1, *of_site.shape[1:]), of_site.shape)
             scale = 200 * e.eps * (np.abs(of_site).max() + np.abs(np.asarray(path[t])).max() * (1 - index))
             found += [machine(f"{name} at t = {t}", f"site x_{t - 1}", of_site, name, of_claim, scale)]
-    found += e.family.reverse_draws(e)
     linear = "" if e.p is None else "f_μ is linear in x_t and f_Σ does not depend on it"
     return found, linear, None
 

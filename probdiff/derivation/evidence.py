@@ -42,7 +42,7 @@ type Moments = tuple[Float[Array, "N D"], Float[Array, "N D D"]]
 
 
 class Family(Protocol):
-    """What the rows have to be told of the distributions of a pair: `gaussian.Gaussian` and `bits.Bits`.
+    """What the rows have to be told of the distributions of a pair: `gaussian.GaussianPair` and `bits.PairOfBits`.
 
     The names `prior`, `no_closed_form` and `not_of_n3` stand in what the rows say. Nats.
     """

@@ -22,7 +22,7 @@ from probdiff.types import Key, Params
 type Kernels = tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, np.ndarray]]
 
 
-class Gaussian:
+class GaussianPair:
     """q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t·I) and p(x_T) = N(0, I); see `evidence.Family`."""
 
     statements = STATEMENTS

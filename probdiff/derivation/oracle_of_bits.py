@@ -31,8 +31,10 @@ def best_terms(
     x_0, beta = check_bits(sequences, np.shape(sequences)[1:], "sequences").astype(float), np.asarray(beta, float)
     if beta.ndim != 1 or not np.all((beta > 0) & (beta <= 1)):
         raise ValueError(f"beta is {beta}; it must have shape (T,) and numbers above 0, at most 1")
-    if not 0 < base_rate < 1 or num_draws < 2:
-        raise ValueError(f"base_rate is {base_rate} and num_draws {num_draws}; they must be in (0, 1) and at least 2")
+    if not 0 < base_rate < 1:
+        raise ValueError(f"base_rate is {base_rate}; it must be between 0 and 1")
+    if num_draws < 2:
+        raise ValueError(f"num_draws is {num_draws}; it must be at least 2")
     rng, alpha_bar = np.random.default_rng(seed), np.cumprod(np.append(1.0, 1 - beta))
     rates = x_0 * alpha_bar[:, None, None] + base_rate * (1 - alpha_bar[:, None, None])  # (T+1, M, D), of x_t given m
     last = rates[-1]

@@ -252,7 +252,7 @@ def supports(program: Program, params: Params | None, x: np.ndarray) -> set[str]
     """What the sites x_t of a program draw: "bits", "numbers", or the name of another discrete distribution.
 
     The program is run on a datum of zeros, which are in the support of both; where it raises, on the first datum.
-    None where it cannot be run or has no such sites.
+    Empty where it cannot be run or has no such sites.
     """
     if x.dtype.kind not in "biuf":
         return set()
