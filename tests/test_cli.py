@@ -159,9 +159,6 @@ def test_a_table_of_bits_is_fitted_and_drawn_from(tmp_path, probdiff):
     draws = pd.read_csv("draws.csv")
     assert list(draws) == ["a", "b", "c", "never"]
     assert set(np.unique(draws)) == {0, 1}
-    code, ledger, error = probdiff("check", run_folder, "--num-draws", 200)
-    assert code == 0, ledger + error
-    assert "Bernoulli(x_{t-1}·(1−β_t) + π·β_t) of each bit" in ledger
 
 
 def test_resume_of_a_finished_run_says_the_same(own, probdiff):
