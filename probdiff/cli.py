@@ -172,17 +172,17 @@ def check(
 ) -> None:
     """Check the derivation, N1…N17, on a pair of chains: one row for each statement. Exits with 1 where one fails."""
     key, key_data, key_params = jax.random.split(jax.random.key(seed), 3)
-    starts = {
-        "swiss-roll": lambda: GaussianDiffusion((2,), schedules.LearnedBetas(40), networks.ResidualMLP(), "full"),
-        "heartbeat": lambda: BinomialDiffusion((20,), schedules.LearnedBetas(40), networks.ResidualMLP()),
+    schedule, network = schedules.LearnedBetas(40), networks.ResidualMLP()
+    starts: dict[str, tuple[Any, Diffusion]] = {
+        "swiss-roll": (datasets.SwissRoll(0.5), GaussianDiffusion((2,), schedule, network, "full")),
+        "heartbeat": (datasets.Heartbeat(), BinomialDiffusion((20,), schedule, network)),
     }
     name = "swiss-roll" if run is None else str(run)
     opened = None if name in starts and not Path(name).exists() else Run.open(Path(name))
     prepared = None if opened is None else opened.prepare()  # in the precision of the fit: its held-out rows
     with jax.enable_x64(not float32):
         if opened is None or prepared is None:
-            d: Diffusion = starts[name]()
-            data = datasets.SwissRoll(0.5) if name == "swiss-roll" else datasets.Heartbeat()
+            data, d = starts[name]
             x = np.asarray(data.sample(key_data, max_data))
             params = derivation.typical_params(d, key_params)
         else:

@@ -8,6 +8,7 @@ from numpyro import handlers
 
 from probdiff import diagnostics
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
+from probdiff.derivation.bernoulli import MOST_BITS
 from probdiff.derivation.linear import LinearChain, normal_log_prob
 from probdiff.derivation.quadrature import NODES_PER_STD, states
 from probdiff.likelihood import LogLikelihood
@@ -17,7 +18,6 @@ _PROBES = 8
 _LINEAR = 1e-9  # relative departure from a straight line that is rounding
 _ACCURACY = 1e-5  # nats
 _MOST_NODES = 5001
-_MOST_BITS = 12
 
 
 def exact(d: Diffusion, params: Params, x_0: Data) -> LogLikelihood:
@@ -78,9 +78,9 @@ def _linear(d: GaussianDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray
 def _enumeration(d: BinomialDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray:
     """Σ over every x_t in turn, from x_T down."""
     size, T = x_0[0].size, d.num_timesteps
-    if size > _MOST_BITS:
+    if size > MOST_BITS:
         raise ValueError(
-            f'method "exact" sums over all states of at most {_MOST_BITS} bits, not {size}: use "iwae" or "smc"'
+            f'method "exact" sums over all states of at most {MOST_BITS} bits, not {size}: use "iwae" or "smc"'
         )
     x = jnp.asarray(states(size).reshape(-1, *d.event_shape), jnp.uint8)
     _, kernel = handlers.substitute(d.kernels, data=params)()

@@ -77,7 +77,7 @@ def n3(e: Evidence) -> Finding:
     T, (beta, route) = e.pair.num_timesteps, e.beta_and_route
     if beta.shape != (T,) or not np.all((beta > 0) & (beta <= 1)):
         raise Wrong(f"β ({route}) is {beta}; it must be {T} numbers in (0, 1]")
-    found = e.family.steps(e) + _kernels_are_as_stated(e, e.pair.q) + e.family.step_draws(e)
+    found = e.family.steps(e) + e.family.kernels(e, e.pair.q) + e.family.step_draws(e)
     return found, f"β_t from {route}", None
 
 
@@ -166,7 +166,7 @@ def n8(e: Evidence) -> Finding:
             200 * e.eps * np.abs(before).sum(0),
         )
     ]
-    found += _kernels_are_as_stated(e, p)
+    found += e.family.kernels(e, p)
     try:
         found += e.family.reverse_draws(e)
     except NotApplicable as why:
@@ -222,10 +222,6 @@ def _markov(e: Evidence, chain: Chain) -> list[Comparison]:
             f"dependencies beyond the neighbour{reads}", "NumPyro's inspection", len(stray), "none", 0, 0.0, "a count"
         ),
     ]
-
-
-def _kernels_are_as_stated(e: Evidence, chain: Chain) -> list[Comparison]:
-    return e.family.kernels(e, chain)
 
 
 def _product(e: Evidence, chain: Chain, log_probs: dict[int, np.ndarray]) -> list[Comparison]:

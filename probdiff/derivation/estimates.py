@@ -30,10 +30,15 @@ class Estimate:
     @property
     def trusted(self) -> np.ndarray:
         """(N,): for which data the mean of the draws is nearly normal, to all appearance; none, if not for most."""
-        if self.influence is None or self.pareto_k is None:
+        if self.effective is None or self.pareto_k is None:
             return np.isfinite(self.log_p)
-        effective = len(self.influence) / (1 + self.influence.var(0))
-        return (self.pareto_k < _TRUSTED_K) & (effective > _TRUSTED_SIZE) & (np.median(self.pareto_k) < _TRUSTED_K)
+        light = (self.pareto_k < _TRUSTED_K) & (np.median(self.pareto_k) < _TRUSTED_K)
+        return light & (self.effective > _TRUSTED_SIZE)
+
+    @property
+    def effective(self) -> np.ndarray | None:
+        """Effective draws of each datum, (N,), of a Monte Carlo estimate."""
+        return None if self.influence is None else len(self.influence) / (1 + self.influence.var(0))
 
     @property
     def bias(self) -> np.ndarray:
@@ -57,5 +62,10 @@ def from_draws(route: str, log_draws: Float[np.ndarray, "S N"]) -> Estimate:
 
 def untrusted(*estimates: Estimate) -> str:
     """Why none of them can be trusted."""
-    medians = [f"{np.median(e.pareto_k):.2f} for {e.route}" for e in estimates if e.pareto_k is not None]
-    return f"no estimate of p(x_0) can be trusted: the median k̂ is {', '.join(medians)}; more draws may help"
+    found = [
+        f"{e.route} have a k̂ of {np.median(e.pareto_k):.2f} and {np.median(e.effective):.0f} effective draws"
+        for e in estimates
+        if e.pareto_k is not None and e.effective is not None
+    ]
+    medians = "; ".join(found)
+    return f"no estimate of p(x_0) can be trusted: in the median {medians}; more draws may help"

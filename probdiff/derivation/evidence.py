@@ -171,7 +171,7 @@ class Evidence:
     def beta_and_route(self) -> tuple[np.ndarray, str]:
         """β_t: what was given, else the param "beta", else read off the forward kernels."""
         if self.given_beta is not None:
-            return self.given_beta, "beta="
+            return self.given_beta, "the argument beta"
         of_param = np.asarray(self.pair.params.get("beta", ()), np.float64)
         if of_param.shape == (self.pair.num_timesteps,):
             return of_param, "param beta"
