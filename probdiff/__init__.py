@@ -1,6 +1,6 @@
 """Diffusion probabilistic models as NumPyro programs."""
 
-from probdiff import datasets, derivation, networks, schedules, streams
+from probdiff import datasets, derivation, networks, posterior, schedules, streams
 from probdiff.chains import BinomialDiffusion, GaussianDiffusion
 from probdiff.results import Fit, fit
 
@@ -12,6 +12,7 @@ __all__ = [
     "derivation",
     "fit",
     "networks",
+    "posterior",
     "schedules",
     "streams",
 ]

@@ -19,13 +19,13 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
-from numpyro.distributions.kl import kl_divergence
 
 from probdiff.binomial import Binomial
-from probdiff.families import Covariance, Family, Gaussian, expected_log_ratio
+from probdiff.families import Covariance, Family, ForwardStep, Gaussian, expected_log_ratio
 from probdiff.networks import Recipe
+from probdiff.prior import program
 from probdiff.schedules import NoiseLevels, Schedule
-from probdiff.types import Event, Key, Time
+from probdiff.types import Event, Key, Params, Time
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +203,15 @@ class Diffusion:
         key = numpyro.prng_key() if dropout else None
         return noise, lambda x_t, t: _kernel(self, params, noise, x_t, t, key)
 
+    def prior(self, params: Params) -> Callable[..., Event]:
+        """p(x_0), N12, with these params, as a NumPyro program to be called in any model; see `prior.program`."""
+        return program(self, params)
+
+    def initial_params(self, rng_key: Key) -> Params:
+        """The params that a fit starts from."""
+        trace = handlers.trace(handlers.seed(self.kernels, rng_key)).get_trace()
+        return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
+
     def _params(self) -> eqx.Module:
         return numpyro.param("network$params", lambda rng_key: self._build(rng_key)[0])
 
@@ -276,6 +285,16 @@ class GaussianDiffusion(Diffusion):
     def family(self) -> Gaussian:
         return Gaussian(self.event_shape, self.covariance)
 
+    def predictions(self) -> tuple[NoiseLevels, Callable[[Event, Time], tuple[dist.Distribution, Any]]]:
+        """As `kernels`; the function gives p(x_{t−1} given x_t), and what the network says of x_0: `Gaussian.clean`."""
+        noise, params = self.schedule(), self._params()
+
+        def predict(x_t: Event, t: Time) -> tuple[dist.Distribution, Any]:
+            outputs = _outputs(self, params, noise, x_t, t)
+            return self.family.kernel(x_t, outputs, noise, t), self.family.clean(x_t, outputs, noise, t)
+
+        return noise, predict
+
     def denoiser(self) -> Callable[[Event, Array], Event]:
         """x̂_0(x, λ), the network's prediction of x_0 from x_t = x, at any log-SNR λ; called as `kernels` is."""
         network = self._network(self._params())
@@ -310,39 +329,21 @@ def _kernel(
     d: Diffusion, params: eqx.Module, noise: NoiseLevels, x_t: Event, t: Time, dropout_key: Key | None = None
 ) -> dist.Distribution:
     """p(x_{t−1} given x_t), N8."""
+    return d.family.kernel(x_t, _outputs(d, params, noise, x_t, t, dropout_key), noise, t)
+
+
+def _outputs(
+    d: Diffusion, params: eqx.Module, noise: NoiseLevels, x_t: Event, t: Time, dropout_key: Key | None = None
+) -> Float[Array, "*batch P"]:
+    """What the network says at x_t."""
     # −∞ where β_T = 1, which no network should have to expect
     log_snr = jnp.clip(noise.log_snr[jnp.asarray(t) - 1], -30.0, 30.0)
-    return d.family.kernel(x_t, d._network(params, dropout_key)(d.family.network_input(x_t), log_snr), noise, t)
+    return d._network(params, dropout_key)(d.family.network_input(x_t), log_snr)
 
 
 def _has_dropout(network: Any) -> bool:
     is_dropout = lambda node: isinstance(node, eqx.nn.Dropout)  # noqa: E731
     return any(is_dropout(node) and node.p > 0 for node in jax.tree.leaves(network, is_leaf=is_dropout))
-
-
-class ForwardStep(dist.Independent):
-    """q(x_t given x_{t−1}) at a site of the forward order, whose KL divergence to p's kernel is no term of the ELBO.
-
-    `TraceMeanField_ELBO` would take it for one with no more than a warning, so it is refused here.
-    """
-
-    def __init__(self, step: dist.Distribution) -> None:
-        super().__init__(step, 0)
-
-    def expand(self, batch_shape: tuple[int, ...]) -> "ForwardStep":
-        return ForwardStep(self.base_dist.expand(batch_shape))
-
-
-def _refuse_forward_order(q: ForwardStep, p: dist.Distribution) -> Array:
-    raise ValueError(
-        "TraceMeanField_ELBO needs a guide in the order of the model, x_T to x_1: "
-        "use forward_posterior as the guide, or Trace_ELBO with forward"
-    )
-
-
-# one entry for each second argument that NumPyro has a rule for, so that no rule is ambiguous
-for _kind in {dist.Distribution, *(p for _, p in kl_divergence.funcs)}:
-    kl_divergence.add((ForwardStep, _kind), _refuse_forward_order)
 
 
 def _score(

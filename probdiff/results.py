@@ -1,7 +1,7 @@
 """`fit(...)`, and `Fit`, what it returns: a fitted diffusion in the data's own units."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from probdiff.files import atomic_write
 from probdiff.likelihood import ELBOParts, LogLikelihood
 from probdiff.schedules import NoiseLevels
 from probdiff.streams import Stream
-from probdiff.types import Key, Params, check_key
+from probdiff.types import Event, Key, Params, check_count, check_key
 
 Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
 
@@ -196,7 +196,7 @@ class Fit:
 
         With `paths`, the whole x_0…x_T of each draw, N13: (n, T+1, *event_shape).
         """
-        _check_count(n, "n", 1)
+        check_count(n, "n", 1)
         times = range(self.diffusion.num_timesteps + 1) if paths else [0]
         keys = jax.random.split(check_key(rng_key), self.num_chains)
         draws = np.stack(
@@ -207,12 +207,21 @@ class Fit:
             return self._squeeze(draws)
         return self._squeeze(self.loc + self.scale * draws)
 
+    def prior(self) -> Callable[..., Event]:
+        """p(x_0) as a NumPyro program that returns x in the data's own units, its sites in the chain's; see `prior`."""
+        if self.num_chains > 1:
+            raise ValueError(f"this fit has {self.num_chains} chains; choose one, such as fit.chain(fit.best).prior()")
+        of_chain = self.diffusion.prior(self.params)
+        if not self.diffusion.family.reparametrised:  # bits have no units
+            return of_chain
+        return lambda *, stacked=False: self.loc + self.scale * of_chain(stacked=stacked)
+
     def elbo_parts(self, x: ArrayLike, *, rng_key: Key, num_draws: int = 8) -> ELBOParts:
         """The parts of the ELBO per datum, nats, in the data's own units; see `likelihood.ELBOParts`.
 
         The log-determinant is in the reconstruction. Raises as `log_likelihood`.
         """
-        _check_count(num_draws, "num_draws", 2)
+        check_count(num_draws, "num_draws", 2)
         x_0, keys = self.standardise(x), jax.random.split(check_key(rng_key), self.num_chains)
         chains = [
             likelihood.elbo_draws(self.diffusion, self._of(c), x_0, rng_key=keys[c], num_draws=num_draws)[0]
@@ -246,8 +255,8 @@ class Fit:
         """
         if method not in get_args(Method):
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(get_args(Method))}")
-        _check_count(num_draws, "num_draws", 2)
-        _check_count(num_particles, "num_particles", 3 if method == "upper" else 2)
+        check_count(num_draws, "num_draws", 2)
+        check_count(num_particles, "num_particles", 3 if method == "upper" else 2)
         C, d = self.num_chains, self.diffusion
         if method == "upper":
             x_0 = self._standardise_paths(x)
@@ -317,7 +326,7 @@ class Fit:
                 raise ValueError(
                     f"{path} holds the fit of another diffusion: its {name} is {arrays[name].tolist()}, not {mine}"
                 )
-        template = jax.eval_shape(partial(_initial_params, d), jax.random.key(0))
+        template = jax.eval_shape(d.initial_params, jax.random.key(0))
         wanted, treedef = jax.tree_util.tree_flatten_with_path(template)
         names = [jax.tree_util.keystr(path) for path, _ in wanted]
         if names != arrays["names"].tolist():
@@ -388,13 +397,3 @@ def _hold_out(
         return data, None
     parts = split(data, (), jax.random.fold_in(rng_key, 1), share)
     return parts.train, parts.test
-
-
-def _initial_params(d: Diffusion, rng_key: Key) -> Params:
-    trace = handlers.trace(handlers.seed(d.kernels, rng_key)).get_trace()
-    return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
-
-
-def _check_count(value: int, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")

@@ -39,3 +39,9 @@ def check_key(rng_key: Key | None) -> Key:
     if rng_key is not None and dtype == jnp.uint32 and rng_key.shape == (2,):
         return jax.random.wrap_key_data(rng_key)
     raise TypeError(f"rng_key is {rng_key!r}; it must be one key, such as jax.random.key(0)")
+
+
+def check_count(value: int, name: str, least: int) -> None:
+    """Raises `ValueError` where `value` is no integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")

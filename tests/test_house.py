@@ -8,13 +8,14 @@ import pytest
 import probdiff
 
 ORDER = [
-    "types", "files", "datasets", "streams", "schedules", "families", "binomial", "networks", "chains",
-    "likelihood", "particles", "flow", "devices", "checkpoints", "training", "diagnostics", "plots",
+    "types", "files", "datasets", "streams", "schedules", "families", "binomial", "networks", "prior", "chains",
+    "guidance", "filters", "likelihood", "particles", "flow", "devices", "checkpoints", "training", "diagnostics",
+    "plots",
     "derivation.statements", "derivation.ledger", "derivation.estimates", "derivation.pair", "derivation.gradient",
     "derivation.score", "derivation.linear", "derivation.two_state", "derivation.quadrature", "derivation.feller",
     "derivation.flips", "derivation.oracle", "derivation.oracle_of_bits", "derivation.bernoulli", "derivation.evidence",
     "derivation.gaussian", "derivation.bits", "derivation.chain_rows", "derivation.bound_rows", "derivation", "exact",
-    "results", "processes", "cli",
+    "results", "observations", "posterior", "processes", "cli",
 ]  # fmt: skip
 PACKAGE = Path(probdiff.__file__).parent
 

@@ -1,0 +1,161 @@
+"""What an observation says of x_t: twists ψ_t(x_t) ≈ E[g(x_0) given x_t], g the likelihood, and guided proposals.
+
+Each class is the likelihood of one datum for x_0 as a vector in the chain's own units. Given x_t, x_0 is taken to be
+N(m, F·Fᵀ), m (S, D) and F (D, D) or (S, D, D), for S particles at once.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Float
+
+from probdiff.types import Key
+
+DEFENSIVE = 0.1  # share of a proposal that is the kernel itself (Hesterberg 1995)
+_NEWTON_STEPS = 5
+_STEP_SIZES = np.array([1.0, 0.5, 0.2, 0.05, 0.0])
+_NODES = 16
+_LOWEST = -1e4  # of log ψ: where it is −∞ particles could not be told apart
+
+
+class Guide(NamedTuple):
+    """log ψ_t(x_t) (S,), the shift of x_0's mean by the observation (S, D), and the fall of its covariance."""
+
+    log_psi: Float[Array, " S"]
+    shift: Float[Array, "S D"]
+    fall: Float[Array, "*S D D"]
+
+
+class Observation(Protocol):
+    def guide(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guide: ...
+
+    def finish(
+        self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
+    ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
+        """x_0 from a proposal r, and log N(x_0; m, F·Fᵀ)·g(x_0)/r(x_0)."""
+        ...
+
+
+class Linear(eqx.Module):
+    """y = A·x_0 + ε, ε ~ N(0, R), R = noise·noiseᵀ, which may be zero: in closed form throughout."""
+
+    y: Float[Array, " M"]
+    A: Float[Array, "M D"]
+    noise: Float[Array, "M M"]
+    constant: Float[Array, ""]  # added to log g
+
+    def guide(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guide:
+        whiten, gain = self._gain(F)
+        w = _times(whiten, self.y - mean @ self.A.T)
+        log_det = jnp.sum(jnp.log(jnp.diagonal(whiten, axis1=-2, axis2=-1)), -1)
+        log_psi = self.constant + log_det - 0.5 * (jnp.sum(w**2, -1) + self.y.size * math.log(2 * math.pi))
+        return Guide(log_psi, _times(gain.mT, w), gain.mT @ gain)
+
+    def finish(
+        self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
+    ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
+        """x_0 given y exactly, by conditioning a joint draw of both (Matheron's rule)."""
+        key_x, key_noise = jax.random.split(rng_key)
+        whiten, gain = self._gain(F)
+        x_0 = mean + _times(F, jax.random.normal(key_x, mean.shape))
+        y = x_0 @ self.A.T + jax.random.normal(key_noise, (len(mean), self.y.size)) @ self.noise.T
+        return x_0 + _times(gain.mT, _times(whiten, self.y - y)), self.guide(mean, F).log_psi
+
+    def _gain(self, F: Float[Array, "*S D D"]) -> tuple[Float[Array, "*S M M"], Float[Array, "*S M D"]]:
+        """L⁻¹ and L⁻¹·A·V, where V = F·Fᵀ and L·Lᵀ = A·V·Aᵀ + R."""
+        AF = self.A @ F
+        L = jnp.linalg.cholesky(AF @ AF.mT + self.noise @ self.noise.T)
+        whiten = solve_triangular(L, jnp.broadcast_to(jnp.eye(self.y.size), L.shape), lower=True)
+        return whiten, whiten @ AF @ F.mT
+
+
+class Smooth(eqx.Module):
+    """Any differentiable log g.
+
+    ψ_t is the mean of Laplace's approximation at the largest g(x_0)·N(x_0; m, F·Fᵀ), found by Newton, which is right
+    for a narrow g, and of the mean of g over fixed nodes, which sees a g of several modes.
+    """
+
+    datum: Any
+    log_g: Callable[[Float[Array, " D"], Any], Float[Array, ""]] = eqx.field(static=True)
+
+    def guide(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guide:
+        log_psi, z, values, vectors = self._laplace(mean, F)
+        over_nodes = Opaque(self.datum, self.log_g).guide(mean, F).log_psi
+        half = F @ (vectors * jnp.sqrt(1 - 1 / values)[:, None, :])
+        log_psi = jnp.logaddexp(jnp.maximum(log_psi, _LOWEST), over_nodes) - math.log(2)
+        return Guide(log_psi, _times(F, z), half @ half.mT)
+
+    def finish(
+        self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
+    ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
+        """x_0 from a mixture of Laplace's approximation and N(m, F·Fᵀ), so that no weight is above g/`DEFENSIVE`."""
+        _, mode, values, vectors = self._laplace(mean, F)
+        key_z, key_which = jax.random.split(rng_key)
+        noise = jax.random.normal(key_z, mean.shape)
+        defensive = jax.random.bernoulli(key_which, DEFENSIVE, (len(mean), 1))
+        z = jnp.where(defensive, noise, mode + _times(vectors, noise / jnp.sqrt(values)))
+        x_0 = mean + _times(F, z)
+        off = jnp.squeeze((z - mode)[:, None, :] @ vectors, 1)
+        log_near = 0.5 * jnp.sum(jnp.log(values) - values * off**2, -1)
+        log_p = -0.5 * jnp.sum(z**2, -1)
+        log_r = jnp.logaddexp(math.log1p(-DEFENSIVE) + log_near, math.log(DEFENSIVE) + log_p)
+        return x_0, jax.vmap(lambda x: self.log_g(x, self.datum))(x_0) + log_p - log_r
+
+    def _laplace(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> tuple[Array, Array, Array, Array]:
+        """log ∫ g·N, and z, eigenvalues and eigenvectors of the precision at the mode m + F·z, in units of F."""
+
+        def one(mean: Float[Array, " D"], F: Float[Array, "D D"]) -> tuple[Array, Array, Array, Array]:
+            log_g = lambda z: self.log_g(mean + F @ z, self.datum)  # noqa: E731
+
+            def precision(z: Float[Array, " D"]) -> tuple[Array, Array]:
+                # convex parts of log g are left out, so that the mode is approached uphill
+                bend = jnp.nan_to_num(jax.hessian(log_g)(z), posinf=0.0, neginf=0.0)
+                values, vectors = jnp.linalg.eigh(-bend)
+                return 1 + jnp.maximum(values, 0), vectors
+
+            def newton(z: Float[Array, " D"], _: None) -> tuple[Float[Array, " D"], None]:
+                values, vectors = precision(z)
+                slope = jnp.nan_to_num(jax.grad(log_g)(z), posinf=0.0, neginf=0.0) - z
+                tried = z + _STEP_SIZES[:, None] * (vectors @ ((vectors.T @ slope) / values))
+                height = jax.vmap(log_g)(tried) - 0.5 * jnp.sum(tried**2, -1)
+                return tried[jnp.argmax(jnp.where(jnp.isnan(height), -jnp.inf, height))], None
+
+            z, _ = jax.lax.scan(newton, jnp.zeros_like(mean), length=_NEWTON_STEPS)
+            values, vectors = precision(z)
+            return log_g(z) - 0.5 * jnp.sum(z**2 + jnp.log(values)), z, values, vectors
+
+        return jax.vmap(one, in_axes=(0, None if F.ndim == 2 else 0))(mean, F)
+
+
+class Opaque(eqx.Module):
+    """log g of which only values are known: ψ_t is the mean of g over fixed nodes, and the kernel is the proposal."""
+
+    datum: Any
+    log_g: Callable[[Float[Array, " D"], Any], Float[Array, ""]] = eqx.field(static=True)
+
+    def guide(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guide:
+        nodes = jax.random.normal(jax.random.key(0), (_NODES, mean.shape[1]))
+        log_g = jax.vmap(lambda z: self._values(mean + _times(F, jnp.broadcast_to(z, mean.shape))))(nodes)
+        log_psi = jax.nn.logsumexp(jnp.maximum(log_g, _LOWEST), 0) - math.log(_NODES)
+        return Guide(log_psi, jnp.zeros_like(mean), jnp.zeros((mean.shape[1],) * 2))
+
+    def finish(
+        self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
+    ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
+        x_0 = mean + _times(F, jax.random.normal(rng_key, mean.shape))
+        return x_0, self._values(x_0)
+
+    def _values(self, x_0: Float[Array, "S D"]) -> Float[Array, " S"]:
+        return jax.vmap(lambda x: self.log_g(x, self.datum))(x_0)
+
+
+def _times(matrix: Float[Array, "*S P Q"], vectors: Float[Array, "S Q"]) -> Float[Array, "S P"]:
+    """A matrix for all, or one for each, times each vector."""
+    return vectors @ matrix.mT if matrix.ndim == 2 else jnp.einsum("spq,sq->sp", matrix, vectors)

@@ -1,0 +1,130 @@
+"""The reverse chain as a prior in any NumPyro model, written in standard normals, for NUTS and guides to move in."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from numpyro import handlers
+from numpyro.distributions import transforms
+from numpyro.infer.reparam import Reparam, TransformReparam
+from numpyro.primitives import _PYRO_STACK
+
+from probdiff.families import Family
+from probdiff.schedules import NoiseLevels
+from probdiff.types import Event, Key, Params, Time
+
+type Kernel = Callable[[Event, Time], dist.Distribution]
+
+
+class Chain(Protocol):
+    """What a prior is made of; `chains.Diffusion` is one."""
+
+    @property
+    def event_shape(self) -> tuple[int, ...]: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def num_timesteps(self) -> int: ...
+    def kernels(self) -> tuple[NoiseLevels, Kernel]: ...
+    def initial_params(self, rng_key: Key) -> Params: ...
+
+
+def program(d: Chain, params: Params) -> Callable[..., Event]:
+    """p(x_0), N12, with fixed params, as a NumPyro program for any model, in plates or under `scope`.
+
+    The program returns x_0 in the chain's own units, one for each element of the plates around it. Sites x_T, …, x_0.
+    Those of Gaussian kernels are `NonCentred`: deterministic functions of x_T and of the standard normal sites x_3_base
+    and so on, unless a handler such as `condition` gives them a value. With `stacked=True`, of a Gaussian chain, the
+    noise of x_T…x_1 is one site "x_base" (T, *event_shape), and "x" deterministic, by a scan, whatever T is.
+    Raises `ValueError` for params of another diffusion.
+    """
+    wanted = jax.eval_shape(d.initial_params, jax.random.key(0))
+    missing = [name for name in wanted if name not in params]
+    if missing:
+        raise ValueError(f"params has no {missing[0]!r}; this diffusion has {', '.join(wanted)}")
+    for name, like in wanted.items():
+        if jax.tree.map(jnp.shape, params[name]) != jax.tree.map(jnp.shape, like):
+            raise ValueError(f"params[{name!r}] has other shapes than this diffusion's: are they of a fit of it?")
+
+    def draw(*, stacked: bool = False) -> Event:
+        with handlers.block(), handlers.substitute(data=params):
+            _, kernel = d.kernels()
+        x_t = _stacked(d, kernel) if stacked else numpyro.sample(f"x_{d.num_timesteps}", d.family.prior())
+        for t in range(1 if stacked else d.num_timesteps, 0, -1):
+            with noncentred(f"x_{t - 1}") if d.family.reparametrised else nullcontext():
+                x_t = numpyro.sample(f"x_{t - 1}", kernel(x_t, t))
+        return x_t
+
+    return draw
+
+
+def _stacked(d: Chain, kernel: Kernel) -> Event:
+    """x_1, from the noise of all kernels above it."""
+    if not d.family.reparametrised:
+        raise ValueError("stacked=True is for Gaussian chains; the noise of bits is discrete")
+    T, axis = d.num_timesteps, -1 - len(d.event_shape)
+    base = dist.Normal(0.0, 1.0).expand((T, *d.event_shape)).to_event(-axis)
+    noise = jnp.moveaxis(numpyro.sample("x_base", base), axis, 0)
+
+    def step(x_t: Event, args: tuple[Event, Time]) -> tuple[Event, Event]:
+        z, t = args
+        p = kernel(x_t, t)
+        full = isinstance(p, dist.MultivariateNormal)
+        x_prev = p.mean + (jnp.einsum("...ij,...j->...i", p.scale_tril, z) if full else jnp.sqrt(p.variance) * z)
+        return x_prev, x_prev
+
+    x_1, path = jax.lax.scan(step, noise[0], (noise[1:], jnp.arange(T, 1, -1)))
+    numpyro.deterministic("x", jnp.moveaxis(jnp.concatenate([noise[:1], path]), 0, axis))
+    return x_1
+
+
+class NonCentred(Reparam):
+    """x = loc + scale·z with z standard normal, for a site of a `Normal` or a `MultivariateNormal`.
+
+    NumPyro's `TransformReparam` of the site as a `TransformedDistribution`: z is the site's name and "_base".
+    Raises `TypeError` for other distributions.
+    """
+
+    def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[Any, Any]:
+        core, expand_shape, event_dim = self._unwrap(fn)
+        transform: transforms.Transform
+        if isinstance(core, dist.MultivariateNormal):
+            transform = transforms.LowerCholeskyAffine(core.loc, core.scale_tril)
+        elif isinstance(core, dist.Normal):
+            transform = transforms.AffineTransform(core.loc, core.scale)
+        else:
+            raise TypeError(f"site {name} is a {type(core).__name__}; NonCentred is for Normal and MultivariateNormal")
+        base = dist.Normal(0.0, 1.0).expand(core.batch_shape + core.event_shape).to_event(core.event_dim)
+        transformed = self._wrap(dist.TransformedDistribution(base, transform), expand_shape, event_dim)
+        return TransformReparam()(name, transformed, obs)
+
+
+def noncentred(name: str) -> handlers.reparam:
+    """`NonCentred` for a site, unless a handler around the caller gives it a value."""
+    return handlers.reparam(config={} if is_given(name) else {name: NonCentred()})
+
+
+def is_given(name: str) -> bool:
+    """Whether a handler of `condition`, `do`, `substitute` or `replay` around the caller has a value for the site.
+
+    A reparametrised site is deterministic before such a handler sees it, and its value would be ignored. NumPyro has no
+    public way to ask.
+    """
+    for handler in reversed(_PYRO_STACK):
+        if isinstance(handler, handlers.scope):
+            name = f"{handler.prefix}{handler.divider}{name}"
+        elif isinstance(handler, handlers.condition) and handler.condition_fn is not None:
+            if handler.condition_fn({"type": "sample", "name": name}) is not None:
+                return True
+        elif isinstance(handler, handlers.condition | handlers.do | handlers.substitute):
+            if name in (handler.data or {}):
+                return True
+        elif isinstance(handler, handlers.replay):
+            site = handler.trace.get(name)
+            if site is not None and site["type"] == "sample":
+                return True
+    return False
