@@ -1,4 +1,4 @@
-"""The command line: `probdiff fit`, `report`, `sample` and `check`."""
+"""The command line: `probdiff fit`, `report`, `sample`, `impute` and `check`."""
 
 import hashlib
 import json
@@ -17,12 +17,13 @@ import pandas as pd
 import typer
 from numpyro import handlers
 
-from probdiff import datasets, derivation, devices, diagnostics, families, networks, plots, schedules
+from probdiff import datasets, derivation, devices, diagnostics, families, networks, plots, posterior, schedules
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.files import atomic_write
 from probdiff.processes import start_processes
 from probdiff.results import Fit
 from probdiff.results import fit as fit_diffusion
+from probdiff.types import check_count
 
 app = typer.Typer(
     help="Diffusion probabilistic models as NumPyro programs.", rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -156,6 +157,47 @@ def sample(
         else:
             frame.to_parquet(file, index=False)
     print(f"{n:,} draws of chain {chosen} in {out}")
+
+
+@app.command()
+def impute(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    table: Annotated[Path, typer.Argument(help=".csv, .parquet or .npy file with empty cells, or NaN")],
+    out: Annotated[Path | None, typer.Option(help=".csv file to write [default: RUN/TABLE-imputed.csv]")] = None,
+    num_draws: Annotated[int, typer.Option("-m", "--num-draws", help="how many for each row")] = 10,
+    num_particles: Annotated[int, typer.Option(help="particles of each of eight filters")] = 500,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
+) -> None:
+    """Fill the empty cells of a table with draws given the other cells of the row, and leave an ArviZ file beside."""
+    check_count(num_draws, "--num-draws", 1)
+    check_count(num_particles, "--num-particles", max(25, -(-num_draws // 8)))
+    opened = Run.open(run)
+    d, data_split = opened.prepare()
+    fitted = opened.load(d)
+    fitted = fitted.chain(fitted.best if chain is None else chain)
+    x, features = datasets.read_table(table, data_split.features, integers=True)
+    key_data, key_draws = jax.random.split(jax.random.key(seed))
+    dequantised = opened.options["dequantise"] or opened.options["data"] == "digits"
+    whole = np.all(np.isnan(x) | (x == np.floor(x)), axis=0) & dequantised
+    x[:, whole] += np.asarray(jax.random.uniform(key_data, x.shape))[:, whole]
+    dt = posterior.sample(
+        fitted, posterior.Missing(x), rng_key=key_draws, num_particles=num_particles, num_filters=8, features=features
+    )
+    drawn = dt["posterior"].dataset["x_0"].transpose("draw", "chain", "datum", "feature").to_numpy()
+    drawn = drawn.reshape(-1, *x.shape)[:num_draws]
+    drawn[..., whole] = np.floor(drawn[..., whole])
+    frame = pd.DataFrame(np.swapaxes(drawn, 0, 1).reshape(-1, len(features)), columns=features)
+    frame.insert(0, "row", np.repeat(np.arange(len(x)), num_draws))
+    frame.insert(1, "draw", np.tile(np.arange(num_draws), len(x)))
+    out = out or run / f"{table.stem}-imputed.csv"
+    with atomic_write(out) as file:
+        frame.to_csv(file, index=False)
+    with atomic_write(out.with_suffix(".nc")) as file:
+        dt.to_netcdf(file, engine="h5netcdf")
+    effective = dt["evidence"].dataset["effective_draws"].to_numpy()[np.isnan(x).any(1)]
+    least = f"; at least {effective.min():,.0f} effective draws behind each" if effective.size else ""
+    print(f"{np.isnan(x).sum():,} empty cells in {len(x):,} rows filled {num_draws} times in {out}{least}")
 
 
 @app.command()

@@ -236,7 +236,7 @@ def load(
     elif Path(source).suffix in READERS:
         if binary and dequantised:
             raise ValueError("bits are not dequantised; leave out binary or dequantise")
-        x, features = read_table(source, columns, key_data if dequantised else None, binary)
+        x, features = read_table(source, columns, key_data if dequantised else None, integers=binary)
         if binary:
             return split(check_bits(x, x.shape[1:], source, 2), features, key_split, test_fraction)
     else:
@@ -251,13 +251,13 @@ def read_table(
     path: str | Path,
     columns: Sequence[str] | None = None,
     dequantise_key: Key | None = None,
-    binary: bool = False,
+    integers: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """The numbers in a .npy, .csv or .parquet file as an array (N, D), and the names of its columns.
 
     The columns of a .npy file, an array (N, D), are called "0" to "D−1". With `dequantise_key`, columns of integers
-    are dequantised; without it, unless the table is `binary`, they are refused, since a density has no upper bound on
-    them.
+    are dequantised; without it they are refused, since a density has no upper bound on them, unless `integers` are
+    wanted as they are.
     Raises `ValueError` for a file that cannot be read, a column that is not there and a column that is not of
     numbers. Missing entries come back as NaN.
     """
@@ -288,7 +288,7 @@ def read_table(
         frame = frame[list(columns)]
     if not len(frame):
         raise ValueError(f"{path} has 0 row(s) of data")
-    array = frame_numbers(frame, str(path), integers=dequantise_key is not None or binary)
+    array = frame_numbers(frame, str(path), integers=dequantise_key is not None or integers)
     if dequantise_key is not None:
         for i, kind in enumerate(frame.dtypes):
             if pd.api.types.is_integer_dtype(kind) or pd.api.types.is_bool_dtype(kind):

@@ -39,7 +39,7 @@ def program(d: Chain, params: Params) -> Callable[..., Event]:
     The program returns x_0 in the chain's own units, one for each element of the plates around it. Sites x_T, …, x_0.
     Those of Gaussian kernels are `NonCentred`: deterministic functions of x_T and of the standard normal sites x_3_base
     and so on, unless a handler such as `condition` gives them a value. With `stacked=True`, of a Gaussian chain, the
-    noise of x_T…x_1 is one site "x_base" (T, *event_shape), and "x" deterministic, by a scan, whatever T is.
+    noise of x_T…x_1 is one site "x_path_base" (T, *event_shape), and "x_path" deterministic, by a scan, whatever T is.
     Raises `ValueError` for params of another diffusion.
     """
     wanted = jax.eval_shape(d.initial_params, jax.random.key(0))
@@ -68,7 +68,7 @@ def _stacked(d: Chain, kernel: Kernel) -> Event:
         raise ValueError("stacked=True is for Gaussian chains; the noise of bits is discrete")
     T, axis = d.num_timesteps, -1 - len(d.event_shape)
     base = dist.Normal(0.0, 1.0).expand((T, *d.event_shape)).to_event(-axis)
-    noise = jnp.moveaxis(numpyro.sample("x_base", base), axis, 0)
+    noise = jnp.moveaxis(numpyro.sample("x_path_base", base), axis, 0)
 
     def step(x_t: Event, args: tuple[Event, Time]) -> tuple[Event, Event]:
         z, t = args
@@ -78,7 +78,7 @@ def _stacked(d: Chain, kernel: Kernel) -> Event:
         return x_prev, x_prev
 
     x_1, path = jax.lax.scan(step, noise[0], (noise[1:], jnp.arange(T, 1, -1)))
-    numpyro.deterministic("x", jnp.moveaxis(jnp.concatenate([noise[:1], path]), 0, axis))
+    numpyro.deterministic("x_path", jnp.moveaxis(jnp.concatenate([noise[:1], path]), 0, axis))
     return x_1
 
 

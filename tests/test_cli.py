@@ -59,6 +59,35 @@ def own(made, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_impute_fills_the_empty_cells_alone(probdiff, own):
+    table = pd.read_csv("own.csv").head(5)
+    table.loc[0, "weight"] = table.loc[1, "height"] = np.nan
+    table.loc[2] = np.nan
+    table[["ratio", "weight", "height"]].to_csv("holes.csv", index=False)  # in another order
+    code, said, complaint = probdiff("impute", own, "holes.csv", "-m", 7, "--num-particles", 100)
+    assert not code
+    assert "5 empty cells in 5 rows filled 7 times" in said
+    filled = pd.read_csv(own / "holes-imputed.csv")
+    assert filled.columns.tolist() == ["row", "draw", "height", "weight", "ratio"]
+    assert len(filled) == 35
+    assert not filled.isna().any(axis=None)
+    repeated = table.loc[filled["row"], ["height", "weight", "ratio"]].reset_index(drop=True)
+    known = ~repeated.isna()
+    np.testing.assert_allclose(filled[repeated.columns].where(known), repeated, rtol=1e-6)
+    assert (filled.groupby("row").nunique().loc[2, ["height", "weight", "ratio"]] > 3).all()
+    dt = az.from_netcdf(own / "holes-imputed.nc")
+    assert dict(dt["posterior"].dataset.sizes) == {"chain": 8, "draw": 100, "datum": 5, "feature": 3}
+    for arguments, message in (
+        (["holes.csv", "-m", 0], "--num-draws is 0"),
+        (["own.xlsx"], "the files read are"),
+        (["none.csv"], "none.csv does not exist"),
+    ):
+        code, _, complaint = probdiff("impute", own, *arguments)
+        assert code == 1
+        assert message in complaint
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
 def test_fit_on_a_table_leaves_the_run_folder(own):
     assert {file.stem for file in own.glob("*.png")} == FIGURES
     assert all(file.stat().st_size > 5000 for file in own.glob("*.png"))

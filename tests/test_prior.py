@@ -128,8 +128,8 @@ def test_in_plates_scopes_and_with_covariates():
             numpyro.sample("y", dist.Normal(x[..., 0] * z + a[..., 1] + b[..., 0], 1.0), obs=jnp.zeros((3, 4)))
 
     trace = trace_of(model, 0, jnp.arange(4.0))
-    assert trace["b/x_base"]["value"].shape == (3, 4, T, 2)
-    assert trace["b/x"]["value"].shape == (3, 4, T, 2)
+    assert trace["b/x_path_base"]["value"].shape == (3, 4, T, 2)
+    assert trace["b/x_path"]["value"].shape == (3, 4, T, 2)
     assert len(np.unique(trace["x_0"]["value"])) == 24
     assert not any(site["type"] == "param" for site in trace.values())
 
@@ -155,7 +155,7 @@ def test_nuts_finds_the_posterior_of_a_linear_chain(stacked):
     y, R = np.array([2.5, -1.5]), np.diag([0.25, 0.25])
 
     def model():
-        x = numpyro.deterministic("posterior_x", fit.prior()(stacked=stacked))
+        x = numpyro.deterministic("x", fit.prior()(stacked=stacked))
         numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
 
     mcmc = MCMC(
@@ -165,7 +165,7 @@ def test_nuts_finds_the_posterior_of_a_linear_chain(stacked):
     gain = cov @ np.linalg.inv(cov + R)
     wanted, spread = mean + gain @ (y - mean), np.sqrt(np.diag(cov - gain @ cov))
     dt = az.from_numpyro(mcmc)
-    summary = az.summary(dt, var_names=["posterior_x"], round_to="none")
+    summary = az.summary(dt, var_names=["x"], round_to="none")
     z = (summary["mean"].to_numpy() - wanted) / (spread / np.sqrt(summary["ess_bulk"].to_numpy()))
     assert np.all(np.abs(z) < stats.norm.isf(FAILURE / 4)), z
     assert np.all(np.abs(summary["sd"].to_numpy() / spread - 1) < 0.25)
@@ -175,7 +175,7 @@ def test_nuts_finds_the_posterior_of_a_linear_chain(stacked):
         again = Predictive(lambda: numpyro.deterministic("x", fit.prior()()), mcmc.get_samples())(jax.random.key(1))[
             "x"
         ]
-        np.testing.assert_allclose(again, mcmc.get_samples()["posterior_x"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(again, mcmc.get_samples()["x"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])

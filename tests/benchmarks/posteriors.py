@@ -1,0 +1,202 @@
+"""Posteriors of fitted and of exact chains, by particles and by NUTS, beside their truths.
+
+    python -m tests.benchmarks.posteriors [swiss-roll] [8-gaussians] [mixture] [calibration]
+
+The first coordinate of x_0 is seen as 0.3 ± 0.1. "own" is the posterior under the fitted chain itself, from 2,000,000
+of its draws weighted by the likelihood; "exact" that under the data's density, on a grid. KS is the largest gap between
+the distribution functions of the second coordinate; that between own and exact is the error of the fit.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import MCMC, NUTS, Predictive
+from scipy import stats
+
+from probdiff import GaussianDiffusion, datasets, fit, networks, posterior, schedules
+from probdiff.results import Fit
+from tests.benchmarks.guidance import exact_fit, mode_error
+from tests.benchmarks.guidance_problems import path
+
+FOLDER = Path("runs/posteriors")
+CELLS = Path(__file__).with_suffix(".json")
+SEEN, NOISE = 0.3, 0.1
+DENSITIES = {"swiss-roll": datasets.SwissRoll(0.5), "8-gaussians": datasets.eight_gaussians()}
+CHAINS = 1024
+
+
+def chain_of(name):
+    """The fit of T = 10 to 100,000 draws, made once."""
+    d = GaussianDiffusion((2,), schedules.LearnedBetas(10), networks.ResidualMLP(), "full")
+    file = FOLDER / f"{name}.npz"
+    if not file.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        x = np.asarray(DENSITIES[name].sample(jax.random.key(0), 100_000))
+        fit(d, x, rng_key=jax.random.key(1)).save(file)
+    return Fit.load(file, d)
+
+
+def log_g(x):
+    return stats.norm.logpdf(x, SEEN, NOISE)
+
+
+def own(fitted):
+    """Second coordinates, ascending, with their distribution function, log evidence and its standard error."""
+    draws = np.concatenate([fitted.sample(jax.random.key(100 + i), 500_000) for i in range(4)])
+    order = np.argsort(draws[:, 1])
+    w = np.exp(log_g(draws[order, 0]))
+    return draws[order, 1], np.cumsum(w) / w.sum(), np.log(w.mean()), w.std() / w.mean() / np.sqrt(len(w))
+
+
+def exact(density):
+    """The same on a grid, the first coordinate at 201 nodes within six standard deviations of what is seen."""
+    first, second = SEEN + NOISE * np.linspace(-6, 6, 201), np.linspace(-6, 6, 4001)
+    points = np.stack(np.meshgrid(first, second), -1)  # second, first
+    log_p = np.concatenate([np.asarray(density.log_prob(part)) for part in np.array_split(points, 20)])
+    mass = np.exp(log_p + log_g(first)).sum(1) * (first[1] - first[0]) * (second[1] - second[0])
+    return second, np.cumsum(mass) / mass.sum(), np.log(mass.sum()), 0.0
+
+
+def ks(draws, truth):
+    """Between draws of the second coordinate, or another truth, and a truth."""
+    at, wanted = truth[:2]
+    if isinstance(draws, tuple):
+        return np.abs(np.interp(at, *draws[:2]) - wanted).max()
+    return np.abs(np.searchsorted(np.sort(draws), at, side="right") / len(draws) - wanted).max()
+
+
+def by_nuts(fitted):
+    """1,024 short chains from draws of the prior that are resampled by their likelihood; effective draws, seconds."""
+    prior = fitted.prior()
+
+    def model():
+        x = numpyro.deterministic("x", prior(stacked=True))
+        numpyro.sample("y", dist.Normal(x[0], NOISE), obs=SEEN)
+
+    start = time.perf_counter()
+    noise = Predictive(prior, num_samples=20 * CHAINS)(jax.random.key(2), stacked=True)
+    x = jax.vmap(lambda x_0: fitted.loc + fitted.scale * x_0)(noise["x_0"])
+    chosen = jax.random.categorical(jax.random.key(3), jnp.asarray(log_g(np.asarray(x)[:, 0])), shape=(CHAINS,))
+    initial = {name: noise[name][chosen] for name in ("x_path_base", "x_0_base")}
+    mcmc = MCMC(
+        NUTS(model), num_warmup=20, num_samples=8, num_chains=CHAINS, chain_method="vectorized", progress_bar=False
+    )
+    mcmc.run(jax.random.key(4), init_params=initial)
+    draws = np.asarray(mcmc.get_samples(group_by_chain=True)["x"])
+    seconds = time.perf_counter() - start
+    ess = az.ess(az.from_dict({"posterior": {"x": draws}}))["x"].to_numpy()
+    return draws, float(ess.min()), seconds
+
+
+def seen(name):
+    """One density: particles, NUTS, and 200 seeds of the evidence."""
+    fitted, density = chain_of(name), DENSITIES[name]
+    truth, exactly = own(fitted), exact(density)
+    likelihood = posterior.LinearGaussian(np.array([SEEN]), np.array([[1.0, 0.0]]), NOISE)
+    start = time.perf_counter()
+    dt = posterior.sample(fitted, likelihood, rng_key=jax.random.key(5), num_filters=32)
+    seconds = time.perf_counter() - start
+    second = dt["posterior"].dataset["x_0"].to_numpy()[..., 0, 1].ravel()
+    row = {
+        "KS own to exact": ks(truth, exactly),
+        "KS particles to own": ks(second, truth),
+        "KS particles to exact": ks(second, exactly),
+        "particles, effective draws": float(dt["evidence"].dataset["effective_draws"][0]),
+        "particles, seconds": seconds,
+        "log evidence": float(dt["evidence"].dataset["log_evidence"][0]),
+        "log evidence mcse": float(dt["evidence"].dataset["mcse"][0]),
+        "log evidence, own": truth[2],
+        "log evidence, own, se": truth[3],
+        "log evidence, exact": exactly[2],
+    }
+    many = posterior.LinearGaussian(np.full((200, 1), SEEN), np.array([[1.0, 0.0]]), NOISE)
+    found = posterior.log_evidence(fitted, many, rng_key=jax.random.key(6), num_filters=16)
+    error = found.values - truth[2]
+    limit = stats.t(15).isf(1e-4 / 400) * np.hypot(found.values_mcse, truth[3])
+    row |= {
+        "200 seeds, largest error": float(np.abs(error).max()),
+        "200 seeds, within 0.02": int(np.sum(np.abs(error) <= 0.02)),
+        "200 seeds, within stated error": int(np.sum(np.abs(error) <= limit)),
+    }
+    draws, ess, seconds = by_nuts(fitted)
+    row |= {"KS NUTS to own": ks(draws[..., 1].ravel(), truth), "NUTS, effective draws": ess, "NUTS, seconds": seconds}
+    return row
+
+
+def mixture():
+    """The 64-dimensional mixture of `guidance_problems`: largest error of a mode's weight, and of log p(y)."""
+    row = {}
+    for M in (1, 4, 32):
+        with np.load(path("wide", M)) as held:
+            p = dict(held)
+        fitted = exact_fit(p["weights"], p["means"], p["variances"], num_timesteps=200)
+        errors, off, seconds = [], [], []
+        for n in range(len(p["y"])):
+            likelihood = posterior.LinearGaussian(p["y"][n], p["A"][n], p["noise"][n])
+            start = time.perf_counter()
+            dt = posterior.sample(
+                fitted, likelihood, rng_key=jax.random.key(n), num_particles=2000, num_filters=16
+            )  # fmt: skip
+            seconds.append(time.perf_counter() - start)
+            x = dt["posterior"].dataset["x_0"].to_numpy()[:, :, 0].reshape(-1, 64)
+            exactly = (p["post_weights"][n], p["post_means"][n], p["post_covariance"][n])
+            errors.append(mode_error(x, *exactly, largest=True))
+            off.append(float(dt["evidence"].dataset["log_evidence"][0]) - p["log_evidence"][n])
+        row |= {
+            f"M = {M}, largest error of a mode's weight, mean": float(np.mean(errors)),
+            f"M = {M}, se": float(np.std(errors, ddof=1) / np.sqrt(len(errors))),
+            f"M = {M}, worst": float(np.max(errors)),
+            f"M = {M}, log evidence, mean absolute error": float(np.mean(np.abs(off))),
+            f"M = {M}, seconds": float(np.median(seconds)),
+        }
+    return row
+
+
+def calibration(num_data=200, noise=0.3):
+    """Ranks of 200 truths among draws given what is seen of each, by particles and by NUTS (Talts et al. 2018)."""
+    fitted = chain_of("swiss-roll")
+    truths = fitted.sample(jax.random.key(7), num_data)
+    y = truths[:, :1] + noise * np.random.default_rng(0).normal(size=(num_data, 1))
+    likelihood = posterior.LinearGaussian(y, np.array([[1.0, 0.0]]), noise)
+    dt = posterior.sample(fitted, likelihood, rng_key=jax.random.key(8), num_filters=4)
+    particles = dt["posterior"].dataset["x_0"].to_numpy().reshape(-1, num_data, 2)
+
+    prior, num_chains = fitted.prior(), 32
+
+    def model():
+        with numpyro.plate("data", num_data):
+            x = numpyro.deterministic("x", prior(stacked=True))
+            numpyro.sample("y", dist.Normal(x[:, 0], noise), obs=y[:, 0])
+
+    drawn = Predictive(prior, num_samples=20_000)(jax.random.key(9), stacked=True)
+    x = np.asarray(jax.vmap(lambda x_0: fitted.loc + fitted.scale * x_0)(drawn["x_0"]))
+    log_w = jnp.asarray(stats.norm.logpdf(x[:, 0], y, noise))  # data, draws
+    chosen = jax.random.categorical(jax.random.key(10), log_w, shape=(num_chains, num_data))
+    initial = {name: drawn[name][chosen] for name in ("x_path_base", "x_0_base")}
+    mcmc = MCMC(NUTS(model), num_warmup=30, num_samples=15, num_chains=num_chains, chain_method="vectorized",
+                progress_bar=False)  # fmt: skip
+    mcmc.run(jax.random.key(11), init_params=initial)
+    nuts = np.asarray(mcmc.get_samples()["x"])
+    row = {}
+    for name, draws in (("particles", particles), ("NUTS", nuts)):
+        pit = (draws < truths).mean(0)
+        row |= {f"{name}, p of x_{i + 1}": float(stats.kstest(pit[:, i], "uniform").pvalue) for i in range(2)}
+        np.savez(FOLDER / f"pit-{name}.npz", pit=pit)
+    return row
+
+
+if __name__ == "__main__":
+    cells = json.loads(CELLS.read_text()) if CELLS.exists() else {}
+    for name in sys.argv[1:] or [*DENSITIES, "mixture", "calibration"]:
+        cells[name] = seen(name) if name in DENSITIES else mixture() if name == "mixture" else calibration()
+        CELLS.write_text(json.dumps(cells, indent=1))
+        print(name)
+        print("\n".join(f"  {what}: {value:.4g}" for what, value in cells[name].items()), flush=True)
