@@ -209,7 +209,8 @@ class Diffusion:
 
     def initial_params(self, rng_key: Key) -> Params:
         """The params that a fit starts from."""
-        trace = handlers.trace(handlers.seed(self.kernels, rng_key)).get_trace()
+        with handlers.block():  # where it is called in a model, the params are none of that
+            trace = handlers.trace(handlers.seed(self.kernels, rng_key)).get_trace()
         return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
 
     def _params(self) -> eqx.Module:

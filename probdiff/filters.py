@@ -23,13 +23,13 @@ _OWN_VARIANCE = 0.02  # share of the diagonal in a covariance, so that few draws
 class Filtered(NamedTuple):
     """What filters leave, each leaf with leading axes (N, M) for N data and M filters of S particles.
 
-    `x_0` (S, D) equally weighted, in the chain's own units; `log_evidence` (); `ess` (T + 1,) at t = T…0, effective
+    `x_0` (S, D) equally weighted, in the chain's own units; `log_evidence` (); `ess` (T,) at t = T…2 and 0, effective
     particles over S; `log_weight` (S,) where that was least.
     """
 
     x_0: Float[Array, "S D"]
     log_evidence: Float[Array, ""]
-    ess: Float[Array, " T+1"]
+    ess: Float[Array, " T"]
     log_weight: Float[Array, " S"]
 
 
@@ -109,54 +109,51 @@ def _filter(
             proposal = jnp.where(jnp.isfinite(guided).all((-2, -1), keepdims=True), guided, scale)
         return _State(loc, scale, loc + of_x_0 * guide.shift, proposal, guide.log_psi)
 
-    def last_state(x_1: Float[Array, "S D"]) -> _State:
-        """Where x_0 given x_t is normal exactly."""
-        p = predict(x_1.reshape(S, *d.event_shape), 1)[0]
-        loc = p.mean.reshape(S, -1)
-        scale = p.scale_tril if factors is None else jnp.sqrt(p.variance).reshape(S, -1)
-        return _State(loc, scale, loc, scale, observation.guide(loc, _matrix(scale)).log_psi)
-
-    def resampled(carry: Any, rng_key: Key) -> tuple[Any, Array]:
+    def move(carry: Any, rng_key: Key) -> tuple[tuple[Float[Array, "S D"], Array, Array, Any], Float[Array, ""]]:
+        """Particles resampled where too few are effective, and moved one step down, to be weighted by ψ there."""
         now, log_w, log_evidence, worst = carry
+        key_resample, key_move, key_kernel, key_which = jax.random.split(rng_key, 4)
         shares, ess = _shares(log_w)
         worst = jax.tree.map(partial(jnp.where, ess < worst[0]), (ess, log_w), worst)
-        parents = jnp.where(ess < _LEAST_SIZE, systematic(rng_key, shares, S), jnp.arange(S))
-        log_evidence = log_evidence + jnp.where(ess < _LEAST_SIZE, jax.nn.logsumexp(log_w) - jnp.log(S), 0.0)
-        log_w = jnp.where(ess < _LEAST_SIZE, 0.0, log_w)
-        return (jax.tree.map(lambda leaf: leaf[parents], now), log_w, log_evidence, worst), ess
-
-    def move(carry: Any, key: Key, to: Any) -> tuple[Any, Array]:
-        key_resample, key_move, key_kernel, key_which = jax.random.split(key, 4)
-        (now, log_w, log_evidence, worst), ess = resampled(carry, key_resample)
+        few = ess < _LEAST_SIZE
+        parents = jnp.where(few, systematic(key_resample, shares, S), jnp.arange(S))
+        log_evidence = log_evidence + jnp.where(few, jax.nn.logsumexp(log_w) - jnp.log(S), 0.0)
+        now = jax.tree.map(lambda leaf: leaf[parents], now)
         kernel, guided = _normal(now.loc, now.scale), _normal(now.proposal_loc, now.proposal_scale)
         defensive = jax.random.bernoulli(key_which, DEFENSIVE, (S, 1))
         x = jnp.where(defensive, kernel.sample(key_kernel), guided.sample(key_move))
         log_p = kernel.log_prob(x)
         log_r = jnp.logaddexp(math.log1p(-DEFENSIVE) + guided.log_prob(x), math.log(DEFENSIVE) + log_p)
-        then = to(x)
-        log_w = log_w + log_p - log_r + then.log_psi - now.log_psi
-        return (then, jnp.where(jnp.isnan(log_w), -jnp.inf, log_w), log_evidence, worst), ess
+        return (x, jnp.where(few, 0.0, log_w) + log_p - log_r - now.log_psi, log_evidence, worst), ess
 
-    key_first, key_steps, key_last, key_resample = jax.random.split(rng_key, 4)
-    keys = jax.random.split(key_steps, T)
-    x_T = jax.random.normal(key_first, (S, math.prod(d.event_shape)))
-    first = last_state(x_T) if T == 1 else state(x_T, T)
-    carry = (first, first.log_psi, jnp.zeros(()), (jnp.ones(()), jnp.zeros(S)))
-    ess = jnp.zeros(0)
-    if T > 1:
-        down = lambda carry, args: move(carry, args[1], lambda x: state(x, args[0]))  # noqa: E731
-        carry, ess = jax.lax.scan(down, carry, (jnp.arange(T - 1, 1, -1), keys[2:]))
-        carry, one = move(carry, keys[1], last_state)
-        ess = jnp.append(ess, one)
-    (now, log_w, log_evidence, worst), one = resampled(carry, keys[0])
-    x_0, log_new = observation.finish(now.loc, _matrix(now.scale), key_last)
-    log_w = log_w + log_new - now.log_psi
-    log_w = jnp.where(jnp.isnan(log_w), -jnp.inf, log_w)
+    def down(carry: Any, args: tuple[Array, Key]) -> tuple[Any, Float[Array, ""]]:
+        t, key = args
+        (x_t, log_w, *rest), ess = move(carry, key)
+        now = state(x_t, t)
+        return (now, _never_nan(log_w + now.log_psi), *rest), ess
+
+    key_steps, key_last, key_resample = jax.random.split(rng_key, 3)
+    keys, size = jax.random.split(key_steps, T), math.prod(d.event_shape)
+    # above x_T: its "kernel" is p(x_T)
+    zeros, ones = jnp.zeros((S, size)), jnp.ones((S, size))
+    scale = ones if factors is not None else _matrix(ones)
+    above = _State(zeros, scale, zeros, scale, jnp.zeros(S))
+    carry = (above, jnp.zeros(S), jnp.zeros(()), (jnp.ones(()), jnp.zeros(S)))
+    carry, ess = jax.lax.scan(down, carry, (jnp.arange(T, 1, -1), keys[1:]))
+    (x_1, log_w, log_evidence, worst), ess_above = move(carry, keys[0])
+    p = predict(x_1.reshape(S, *d.event_shape), 1)[0]  # of x_0 given x_1, normal exactly
+    scale = p.scale_tril if factors is None else _matrix(jnp.sqrt(p.variance).reshape(S, -1))
+    x_0, log_new = observation.finish(p.mean.reshape(S, -1), scale, key_last)
+    log_w = _never_nan(log_w + log_new)
     shares, last = _shares(log_w)
     worst = jax.tree.map(partial(jnp.where, last < worst[0]), (last, log_w), worst)
     log_evidence = log_evidence + jax.nn.logsumexp(log_w) - jnp.log(S)
-    x_0 = x_0[systematic(key_resample, shares, S)]
-    return Filtered(x_0, log_evidence, jnp.append(ess, jnp.stack([one, last])), worst[1])
+    ess = jnp.concatenate([ess, jnp.stack([ess_above, last])])[1:]
+    return Filtered(x_0[systematic(key_resample, shares, S)], log_evidence, ess, worst[1])
+
+
+def _never_nan(log_w: Float[Array, " S"]) -> Float[Array, " S"]:
+    return jnp.where(jnp.isnan(log_w), -jnp.inf, log_w)
 
 
 def _shares(log_w: Float[Array, " S"]) -> tuple[Float[Array, " S"], Float[Array, ""]]:

@@ -49,7 +49,7 @@ def sample(
     |---|---|---|---|
     | posterior | x_0 | chain, draw, datum, feature | equally weighted draws, the data's own units; chain = filter |
     | filters | log_evidence | chain, datum | log p̂(y), nats, of each filter |
-    | filters | ess | chain, t, datum | effective particles over particles before resampling at t |
+    | filters | ess | chain, t, datum | effective particles over particles before resampling, t = T…2 and 0 |
     | evidence | log_evidence, mcse | datum | of the mean over filters, and its standard error |
     | evidence | effective_draws | datum | as the means of the filters vary, for the worst feature |
     | evidence | pareto_k | datum | k̂ of the weights where effective particles were fewest |
@@ -69,7 +69,7 @@ def sample(
     if observed is not None:
         draws = np.where(np.isnan(observed)[:, None, None], draws, observed[:, None, None])
     evidence = _evidence(result)
-    coords = {"feature": names, "t": list(range(d.num_timesteps, -1, -1))}
+    coords = {"feature": names, "t": [*range(d.num_timesteps, 1, -1), 0]}
     groups = {
         "posterior": az.dict_to_dataset(
             {"x_0": np.moveaxis(draws, 0, 2)}, dims={"x_0": ["datum", "feature"]}, coords=coords

@@ -100,7 +100,6 @@ KINDS = {
         ("full", "function", 5),
         ("diagonal", "black box", 5),
         ("full", "linear", 1),
-        ("diagonal", "function", 2),
     ],
 )
 def test_posterior_and_evidence_of_a_linear_chain(x64, covariance, kind, T):
@@ -189,7 +188,7 @@ def test_truths_have_even_ranks_among_the_draws(x64, kind):
         arguments = {"likelihood": LinearGaussian(y, A, 0.3)}
     else:
         arguments = {"likelihood": lambda x, y: -0.5 * jnp.sum((A @ x - y) ** 2) / 0.09, "data": y}
-    dt = posterior.sample(fit, **arguments, rng_key=KEY, num_particles=200, num_filters=2)
+    dt = posterior.sample(fit, **arguments, rng_key=KEY, num_particles=500, num_filters=2)
     draws = dt["posterior"].dataset["x_0"].to_numpy()  # chain, draw, datum, feature
     pit = (draws < truths).mean((0, 1))
     for i in range(2):
@@ -215,7 +214,7 @@ def test_the_tree_is_read_by_arviz_and_kept(tmp_path):
     )  # fmt: skip
     assert dict(dt["posterior"].dataset.sizes) == {"chain": 4, "draw": 100, "datum": 2, "feature": 2}
     assert dt["filters"].dataset["ess"].dims == ("chain", "t", "datum")
-    assert dt["filters"].dataset["t"].to_numpy().tolist() == [5, 4, 3, 2, 1, 0]
+    assert dt["filters"].dataset["t"].to_numpy().tolist() == [5, 4, 3, 2, 0]
     assert (az.rhat(dt)["x_0"] < 1.1).all()
     dt.to_netcdf(tmp_path / "posterior.nc", engine="h5netcdf")
     xr.testing.assert_identical(xr.open_datatree(tmp_path / "posterior.nc")["posterior"]["x_0"], dt["posterior"]["x_0"])

@@ -181,10 +181,10 @@ def test_nuts_finds_the_posterior_of_a_linear_chain(stacked):
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
 def test_auto_guides_fit_the_posterior_and_leave_the_prior_alone(guide):
     d = linear_diffusion("diagonal")
-    prior = d.prior(random_params(d))
+    params = random_params(d)
 
     def model():
-        numpyro.sample("y", dist.Normal(prior(), 0.5).to_event(1), obs=jnp.array([0.5, 0.2]))
+        numpyro.sample("y", dist.Normal(d.prior(params)(), 0.5).to_event(1), obs=jnp.array([0.5, 0.2]))
 
     svi = SVI(model, guide(model), numpyro.optim.Adam(0.05), Trace_ELBO(num_particles=4))
     result = svi.run(jax.random.key(0), 300, progress_bar=False)
