@@ -4,11 +4,31 @@ import pytest
 from benchmarks.oracle import MIXTURES, STARTS, fit, shortfall
 from numpyro import handlers
 
-from probdiff import GaussianDiffusion, datasets, likelihood, schedules
+from probdiff import GaussianDiffusion, datasets, likelihood, schedules, training
 from probdiff.derivation import linear, oracle
 from probdiff.derivation.feller import Mixture
 
 UNEVEN = np.array([0.03, 0.11, 0.07, 0.3, 0.9])
+
+
+@pytest.fixture
+def optimised_steps(monkeypatch):
+    """The steps of SVI are compiled with every optimisation: they run for longer than that takes."""
+    make, flag = training.make_steps, "jax_disable_most_optimizations"
+
+    def make_optimised(*arguments):
+        run, usual = make(*arguments), jax.config.values[flag]
+
+        def steps(*arguments):
+            jax.config.update(flag, False)
+            try:
+                return run(*arguments)
+            finally:
+                jax.config.update(flag, usual)
+
+        return steps
+
+    monkeypatch.setattr(training, "make_steps", make_optimised)
 
 
 def scalars(mixture):
@@ -117,6 +137,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("optimised_steps")
 @pytest.mark.parametrize(("name", "T", "start"), CASES)
 def test_svi_finds_the_best_schedule(name, T, start):
     """K of the fit on fresh data is within 0.01 nats of max_β K*, from every initial schedule.
