@@ -12,7 +12,7 @@ from numpyro import handlers
 from numpyro.infer import Predictive
 
 from probdiff.chains import GaussianDiffusion
-from probdiff.guidance import DEFENSIVE, Observation
+from probdiff.guidance import DEFENSIVE, Observation, solve_lower
 from probdiff.types import Key, Params
 
 _LEAST_SIZE = 0.5  # effective particles over particles below which they are resampled
@@ -112,18 +112,20 @@ def _filter(
     def move(carry: Any, rng_key: Key) -> tuple[tuple[Float[Array, "S D"], Array, Array, Any], Float[Array, ""]]:
         """Particles resampled where too few are effective, and moved one step down, to be weighted by ψ there."""
         now, log_w, log_evidence, worst = carry
-        key_resample, key_move, key_kernel, key_which = jax.random.split(rng_key, 4)
+        key_resample, key_move, key_which = jax.random.split(rng_key, 3)
         shares, ess = _shares(log_w)
         worst = jax.tree.map(partial(jnp.where, ess < worst[0]), (ess, log_w), worst)
         few = ess < _LEAST_SIZE
         parents = jnp.where(few, systematic(key_resample, shares, S), jnp.arange(S))
         log_evidence = log_evidence + jnp.where(few, jax.nn.logsumexp(log_w) - jnp.log(S), 0.0)
         now = jax.tree.map(lambda leaf: leaf[parents], now)
-        kernel, guided = _normal(now.loc, now.scale), _normal(now.proposal_loc, now.proposal_scale)
-        defensive = jax.random.bernoulli(key_which, DEFENSIVE, (S, 1))
-        x = jnp.where(defensive, kernel.sample(key_kernel), guided.sample(key_move))
-        log_p = kernel.log_prob(x)
-        log_r = jnp.logaddexp(math.log1p(-DEFENSIVE) + guided.log_prob(x), math.log(DEFENSIVE) + log_p)
+        kernel, guided = (now.loc, now.scale), (now.proposal_loc, now.proposal_scale)
+        z = jax.random.normal(key_move, now.loc.shape)
+        # one particle in ten, evenly spread from a random start: each is as likely
+        defensive = (jnp.arange(S)[:, None] * DEFENSIVE + jax.random.uniform(key_which)) % 1 < DEFENSIVE
+        x = jnp.where(defensive, _draw(*kernel, z), _draw(*guided, z))
+        log_p = _log_normal(*kernel, x)
+        log_r = jnp.logaddexp(math.log1p(-DEFENSIVE) + _log_normal(*guided, x), math.log(DEFENSIVE) + log_p)
         return (x, jnp.where(few, 0.0, log_w) + log_p - log_r - now.log_psi, log_evidence, worst), ess
 
     def down(carry: Any, args: tuple[Array, Key]) -> tuple[Any, Float[Array, ""]]:
@@ -162,10 +164,16 @@ def _shares(log_w: Float[Array, " S"]) -> tuple[Float[Array, " S"], Float[Array,
     return shares, 1 / jnp.sum(shares**2) / len(log_w)
 
 
-def _normal(loc: Float[Array, "S D"], scale: Float[Array, "S D *D"]) -> dist.Distribution:
+def _draw(loc: Float[Array, "S D"], scale: Float[Array, "S D *D"], z: Float[Array, "S D"]) -> Float[Array, "S D"]:
+    return loc + (scale * z if scale.ndim == loc.ndim else jnp.einsum("sij,sj->si", scale, z))
+
+
+def _log_normal(loc: Float[Array, "S D"], scale: Float[Array, "S D *D"], x: Float[Array, "S D"]) -> Float[Array, " S"]:
     if scale.ndim == loc.ndim:
-        return dist.Normal(loc, scale).to_event(1)
-    return dist.MultivariateNormal(loc, scale_tril=scale)
+        return dist.Normal(loc, scale).to_event(1).log_prob(x)
+    z = jnp.squeeze(solve_lower(scale, (x - loc)[..., None]), -1)
+    log_det = jnp.sum(jnp.log(jnp.diagonal(scale, axis1=-2, axis2=-1)), -1)
+    return jnp.sum(jax.scipy.stats.norm.logpdf(z), -1) - log_det
 
 
 def _matrix(scale: Float[Array, "S D *D"]) -> Float[Array, "S D D"]:

@@ -21,6 +21,7 @@ DEFENSIVE = 0.1  # share of a proposal that is the kernel itself (Hesterberg 199
 _NEWTON_STEPS = 5
 _STEP_SIZES = np.array([1.0, 0.5, 0.2, 0.05, 0.0])
 _NODES = 16
+_FEW = 4
 _LOWEST = -1e4  # of log ψ: where it is −∞ particles could not be told apart
 
 
@@ -71,7 +72,7 @@ class Linear(eqx.Module):
         """L⁻¹ and L⁻¹·A·V, where V = F·Fᵀ and L·Lᵀ = A·V·Aᵀ + R."""
         AF = self.A @ F
         L = jnp.linalg.cholesky(AF @ AF.mT + self.noise @ self.noise.T)
-        whiten = solve_triangular(L, jnp.broadcast_to(jnp.eye(self.y.size), L.shape), lower=True)
+        whiten = solve_lower(L, jnp.broadcast_to(jnp.eye(self.y.size), L.shape))
         return whiten, whiten @ AF @ F.mT
 
 
@@ -159,3 +160,14 @@ class Opaque(eqx.Module):
 def _times(matrix: Float[Array, "*S P Q"], vectors: Float[Array, "S Q"]) -> Float[Array, "S P"]:
     """A matrix for all, or one for each, times each vector."""
     return vectors @ matrix.mT if matrix.ndim == 2 else jnp.einsum("spq,sq->sp", matrix, vectors)
+
+
+def solve_lower(L: Float[Array, "*S P P"], b: Float[Array, "*S P Q"]) -> Float[Array, "*S P Q"]:
+    """L⁻¹·b for lower triangular L; for a few rows by substitution, since XLA is slow to compile many small solves."""
+    if L.shape[-1] > _FEW:
+        return solve_triangular(L, b, lower=True)
+    rows: list[Array] = []
+    for i in range(L.shape[-1]):
+        known = sum((L[..., i, j, None] * row for j, row in enumerate(rows)), start=jnp.zeros(()))
+        rows.append((b[..., i, :] - known) / L[..., i, i, None])
+    return jnp.stack(rows, -2)
