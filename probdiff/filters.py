@@ -73,7 +73,7 @@ def filters(
 
     The targets p(x_T)·∏ p(x_{s−1} given x_s)·ψ_t(x_t), s > t, end at p(x_0…x_T)·g(x_0). A proposal is p(x_{t−1} given
     x_t) with its x_0 conditioned on the observation, or for a share of the particles as it is, so that no weight of a
-    step is large where the guide misses something. `factors` are those of `spread`, None where kernels are full.
+    step is large where the guidance misses something. `factors` are those of `spread`, None where kernels are full.
     """
     one = lambda observation, key: _filter(d, params, factors, observation, key, num_particles)  # noqa: E731
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(observations, rng_keys)
@@ -97,17 +97,17 @@ def _filter(
         loc, mean = p.mean.reshape(S, -1), mean.reshape(S, -1)
         of_x_0, _, std = noise.posterior(t)
         if V is None:
-            guide = observation.guide(mean, factors[t - 1])  # type: ignore[index]
+            guidance = observation.guidance(mean, factors[t - 1])  # type: ignore[index]
             variance = p.variance.reshape(S, -1)
-            guided = variance - of_x_0**2 * jnp.diagonal(guide.fall, axis1=-2, axis2=-1)
+            guided = variance - of_x_0**2 * jnp.diagonal(guidance.fall, axis1=-2, axis2=-1)
             scale, proposal = jnp.sqrt(variance), jnp.sqrt(jnp.maximum(guided, std**2))
         else:
-            guide = observation.guide(mean, _factor(V, (std / of_x_0) ** 2))
+            guidance = observation.guidance(mean, _factor(V, (std / of_x_0) ** 2))
             scale = p.scale_tril
-            guided = jnp.linalg.cholesky(p.covariance_matrix - of_x_0**2 * guide.fall)
+            guided = jnp.linalg.cholesky(p.covariance_matrix - of_x_0**2 * guidance.fall)
             # rounding may leave it singular
             proposal = jnp.where(jnp.isfinite(guided).all((-2, -1), keepdims=True), guided, scale)
-        return _State(loc, scale, loc + of_x_0 * guide.shift, proposal, guide.log_psi)
+        return _State(loc, scale, loc + of_x_0 * guidance.shift, proposal, guidance.log_psi)
 
     def move(carry: Any, rng_key: Key) -> tuple[tuple[Float[Array, "S D"], Array, Array, Any], Float[Array, ""]]:
         """Particles resampled where too few are effective, and moved one step down, to be weighted by ψ there."""
@@ -181,7 +181,7 @@ def _matrix(scale: Float[Array, "S D *D"]) -> Float[Array, "S D D"]:
 
 
 def _factor(V: Float[Array, "S D D"], room: Float[Array, ""]) -> Float[Array, "S D D"]:
-    """F, F·Fᵀ the positive part of V, with V + room·I still above F·Fᵀ less its least eigenvalue."""
+    """F with F·Fᵀ the positive part of V, its eigenvalues above a floor that is small beside V and V + room·I."""
     values, vectors = jnp.linalg.eigh(V)
     largest = values[:, -1:]
     floor = jnp.maximum(0.5 * jnp.minimum(0.01 * largest, room + values[:, :1]), 1e-6 * largest)

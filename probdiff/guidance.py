@@ -25,7 +25,7 @@ _FEW = 4
 _LOWEST = -1e4  # of log ψ: where it is −∞ particles could not be told apart
 
 
-class Guide(NamedTuple):
+class Guidance(NamedTuple):
     """log ψ_t(x_t) (S,), the shift of x_0's mean by the observation (S, D), and the fall of its covariance."""
 
     log_psi: Float[Array, " S"]
@@ -34,7 +34,7 @@ class Guide(NamedTuple):
 
 
 class Observation(Protocol):
-    def guide(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guide: ...
+    def guidance(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guidance: ...
 
     def finish(
         self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
@@ -51,12 +51,12 @@ class Linear(eqx.Module):
     noise: Float[Array, "M M"]
     constant: Float[Array, ""]  # added to log g
 
-    def guide(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guide:
+    def guidance(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guidance:
         whiten, gain = self._gain(F)
         w = _times(whiten, self.y - mean @ self.A.T)
         log_det = jnp.sum(jnp.log(jnp.diagonal(whiten, axis1=-2, axis2=-1)), -1)
         log_psi = self.constant + log_det - 0.5 * (jnp.sum(w**2, -1) + self.y.size * math.log(2 * math.pi))
-        return Guide(log_psi, _times(gain.mT, w), gain.mT @ gain)
+        return Guidance(log_psi, _times(gain.mT, w), gain.mT @ gain)
 
     def finish(
         self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
@@ -66,7 +66,7 @@ class Linear(eqx.Module):
         whiten, gain = self._gain(F)
         x_0 = mean + _times(F, jax.random.normal(key_x, mean.shape))
         y = x_0 @ self.A.T + jax.random.normal(key_noise, (len(mean), self.y.size)) @ self.noise.T
-        return x_0 + _times(gain.mT, _times(whiten, self.y - y)), self.guide(mean, F).log_psi
+        return x_0 + _times(gain.mT, _times(whiten, self.y - y)), self.guidance(mean, F).log_psi
 
     def _gain(self, F: Float[Array, "*S D D"]) -> tuple[Float[Array, "*S M M"], Float[Array, "*S M D"]]:
         """L⁻¹ and L⁻¹·A·V, where V = F·Fᵀ and L·Lᵀ = A·V·Aᵀ + R."""
@@ -86,12 +86,12 @@ class Smooth(eqx.Module):
     datum: Any
     log_g: Callable[[Float[Array, " D"], Any], Float[Array, ""]] = eqx.field(static=True)
 
-    def guide(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guide:
+    def guidance(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guidance:
         log_psi, z, values, vectors = self._laplace(mean, F)
-        over_nodes = Opaque(self.datum, self.log_g).guide(mean, F).log_psi
+        over_nodes = Opaque(self.datum, self.log_g).guidance(mean, F).log_psi
         half = F @ (vectors * jnp.sqrt(1 - 1 / values)[:, None, :])
         log_psi = jnp.logaddexp(jnp.maximum(log_psi, _LOWEST), over_nodes) - math.log(2)
-        return Guide(log_psi, _times(F, z), half @ half.mT)
+        return Guidance(log_psi, _times(F, z), half @ half.mT)
 
     def finish(
         self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
@@ -141,11 +141,11 @@ class Opaque(eqx.Module):
     datum: Any
     log_g: Callable[[Float[Array, " D"], Any], Float[Array, ""]] = eqx.field(static=True)
 
-    def guide(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guide:
+    def guidance(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guidance:
         nodes = jax.random.normal(jax.random.key(0), (_NODES, mean.shape[1]))
         log_g = jax.vmap(lambda z: self._values(mean + _times(F, jnp.broadcast_to(z, mean.shape))))(nodes)
         log_psi = jax.nn.logsumexp(jnp.maximum(log_g, _LOWEST), 0) - math.log(_NODES)
-        return Guide(log_psi, jnp.zeros_like(mean), jnp.zeros((mean.shape[1],) * 2))
+        return Guidance(log_psi, jnp.zeros_like(mean), jnp.zeros((mean.shape[1],) * 2))
 
     def finish(
         self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key

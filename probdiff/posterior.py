@@ -64,11 +64,10 @@ def sample(
     names = [str(i) for i in range(size)] if features is None else list(features)
     if len(names) != size:
         raise ValueError(f"features has {len(names)} names; the data have {size} features")
-    result, observed = _run(fit, likelihood, data, rng_key, num_particles, num_filters)
+    result, evidence, observed = _run(fit, likelihood, data, rng_key, num_particles, num_filters)
     draws = np.asarray(fit.loc.ravel() + fit.scale.ravel() * result.x_0)  # N, M, S, D
     if observed is not None:
         draws = np.where(np.isnan(observed)[:, None, None], draws, observed[:, None, None])
-    evidence = _evidence(result)
     coords = {"feature": names, "t": [*range(d.num_timesteps, 1, -1), 0]}
     groups = {
         "posterior": az.dict_to_dataset(
@@ -114,7 +113,7 @@ def log_evidence(
     For `Missing` it is the log density of the known entries, in the data's own units. `kind` is "estimate": p̂(y) is
     unbiased, and its logarithm low by half the square of `values_mcse`, to first order.
     """
-    return _evidence(_run(fit, likelihood, data, rng_key, num_particles, num_filters)[0])
+    return _run(fit, likelihood, data, rng_key, num_particles, num_filters)[1]
 
 
 def log_conditional(
@@ -130,6 +129,7 @@ def log_conditional(
     """log p(x_A given x_B) = log p(x_A, x_B) − log p(x_B) for features A = `of` and B = `given` of x (N, D), nats.
 
     Features are counted from 0 in the flattened x; those in neither set are integrated out. In the data's own units.
+    Raises `ValueError` where `of` is empty, a feature is in both or not of the data, and as `sample`.
     """
     x = fit.diffusion.family.checked(x, "x")
     flat = x.reshape(len(x), -1)
@@ -165,8 +165,8 @@ def _features(features: Sequence[int], name: str, size: int) -> list[int]:
 
 def _run(
     fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key, num_particles: int, num_filters: int
-) -> tuple[Filtered, np.ndarray | None]:
-    """The filters of each datum, as NumPy arrays, and the known entries (N, D) where x_0 itself is observed."""
+) -> tuple[Filtered, LogLikelihood, np.ndarray | None]:
+    """The filters of each datum, as NumPy arrays, their evidence, and the known entries (N, D) of `Missing`."""
     key_check, key_spread, key_filters = jax.random.split(check_key(rng_key), 3)
     check_count(num_particles, "num_particles", 25)
     check_count(num_filters, "num_filters", 2)
@@ -188,25 +188,34 @@ def _run(
         result = filters(d, fit.params, factors, block, keys, num_particles)
         results.append(jax.tree.map(lambda leaf: np.asarray(leaf)[: N - i], result))  # noqa: B023
     result = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
-    _check_weights(result)
-    return result, observed
+    evidence = _evidence(result)
+    _warn_of_collapse(result, evidence)
+    return result, evidence, observed
 
 
-def _check_weights(result: Filtered) -> None:
-    """Raises where no particle has any weight, and warns where the weights have collapsed."""
+def _evidence(result: Filtered) -> LogLikelihood:
+    """log p(y), with the k̂ of the weights; raises where no particle has any."""
     dead = np.flatnonzero(~np.isfinite(result.log_evidence).any(1))
     if dead.size:
         raise ValueError(
             f"the likelihood is zero or NaN at every particle of row(s) {some(dead)}: "
             "the observation cannot be, under this prior, or num_particles is too small"
         )
+    values, mcse = log_mean(np.asarray(result.log_evidence.T, np.float64))
+    log_w = result.log_weight.reshape(len(values), -1)
+    log_w = log_w - result.log_weight.max(-1).repeat(result.log_weight.shape[-1], 1)
+    thinned = log_w[:, :: -(-log_w.shape[1] // _K_DRAWS)]
+    k = pareto_k(xr.DataArray(thinned.T.astype(np.float64), dims=("draw", "datum"))).to_numpy()
+    return LogLikelihood(values, mcse, "estimate", k)
+
+
+def _warn_of_collapse(result: Filtered, evidence: LogLikelihood) -> None:
     S = result.log_weight.shape[-1]
     least = np.median(result.ess.min(-1), 1) * S
-    evidence = _evidence(result)
     k, limit = np.asarray(evidence.pareto_k), k_threshold(min(_K_DRAWS, result.log_weight[0].size))
     # an error of log p̂ of one from a single filter: the filters disagree on where the mass is
-    spread = evidence.values_mcse * np.sqrt(result.log_evidence.shape[1])
-    bad = np.flatnonzero((least < _LEAST_PARTICLES) | ~(spread < 1))
+    of_one = evidence.values_mcse * np.sqrt(result.log_evidence.shape[1])
+    bad = np.flatnonzero((least < _LEAST_PARTICLES) | ~(of_one < 1))
     if bad.size:
         worst = bad[np.argmin(least[bad])]
         warnings.warn(
@@ -216,15 +225,6 @@ def _check_weights(result: Filtered) -> None:
             "be nearly impossible under the prior; more particles may help",
             stacklevel=4,
         )
-
-
-def _evidence(result: Filtered) -> LogLikelihood:
-    values, mcse = log_mean(np.asarray(result.log_evidence.T, np.float64))
-    log_w = result.log_weight - result.log_weight.max(-1, keepdims=True)
-    thinned = log_w.reshape(len(log_w), -1)
-    thinned = thinned[:, :: -(-thinned.shape[1] // _K_DRAWS)]
-    k = pareto_k(xr.DataArray(thinned.T.astype(np.float64), dims=("draw", "datum"))).to_numpy()
-    return LogLikelihood(values, mcse, "estimate", k)
 
 
 def _effective_draws(draws: Float[np.ndarray, "N M S D"]) -> Float[np.ndarray, " N"]:

@@ -72,9 +72,7 @@ def _stacked(d: Chain, kernel: Kernel) -> Event:
 
     def step(x_t: Event, args: tuple[Event, Time]) -> tuple[Event, Event]:
         z, t = args
-        p = kernel(x_t, t)
-        full = isinstance(p, dist.MultivariateNormal)
-        x_prev = p.mean + (jnp.einsum("...ij,...j->...i", p.scale_tril, z) if full else jnp.sqrt(p.variance) * z)
+        x_prev = affine(kernel(x_t, t))(z)
         return x_prev, x_prev
 
     x_1, path = jax.lax.scan(step, noise[0], (noise[1:], jnp.arange(T, 1, -1)))
@@ -91,16 +89,19 @@ class NonCentred(Reparam):
 
     def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[Any, Any]:
         core, expand_shape, event_dim = self._unwrap(fn)
-        transform: transforms.Transform
-        if isinstance(core, dist.MultivariateNormal):
-            transform = transforms.LowerCholeskyAffine(core.loc, core.scale_tril)
-        elif isinstance(core, dist.Normal):
-            transform = transforms.AffineTransform(core.loc, core.scale)
-        else:
+        if not isinstance(core, dist.Normal | dist.MultivariateNormal):
             raise TypeError(f"site {name} is a {type(core).__name__}; NonCentred is for Normal and MultivariateNormal")
         base = dist.Normal(0.0, 1.0).expand(core.batch_shape + core.event_shape).to_event(core.event_dim)
-        transformed = self._wrap(dist.TransformedDistribution(base, transform), expand_shape, event_dim)
+        transformed = self._wrap(dist.TransformedDistribution(base, affine(core)), expand_shape, event_dim)
         return TransformReparam()(name, transformed, obs)
+
+
+def affine(p: dist.Distribution) -> transforms.Transform:
+    """The map from standard normals to a `Normal`, perhaps `Independent`, or a `MultivariateNormal`."""
+    if isinstance(p, dist.MultivariateNormal):
+        return transforms.LowerCholeskyAffine(p.loc, p.scale_tril)
+    p = p.base_dist if isinstance(p, dist.Independent) else p
+    return transforms.AffineTransform(p.loc, p.scale)
 
 
 def noncentred(name: str) -> handlers.reparam:

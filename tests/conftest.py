@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpyro import handlers
 
 from probdiff import GaussianDiffusion, networks, schedules
 
@@ -59,8 +58,7 @@ def mlp_diffusion(covariance="full", schedule=None, event_shape=(2,), width=8, d
 
 def random_params(d, seed=0):
     """Params of a diffusion, the network's jittered so that no output is zero."""
-    trace = handlers.trace(handlers.seed(d.kernels, jax.random.key(seed))).get_trace()
-    params = {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
+    params = d.initial_params(jax.random.key(seed))
     rng = np.random.default_rng(seed)
     network = params["network$params"]
     params["network$params"] = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.asarray(rng.normal(size=leaf.shape)), network)

@@ -46,8 +46,7 @@ def fitted(covariance, means, C, T=5, loc=0.0, scale=1.0, event_shape=None):
     outputs = {"fixed": D, "diagonal": 2 * D, "full": 2 * D + D * (D - 1) // 2}[covariance]
     network = Denoiser(jnp.asarray(means), *map(jnp.asarray, np.linalg.eigh(C)), outputs)
     d = GaussianDiffusion(event_shape or (D,), schedule, network, covariance)
-    trace = handlers.trace(handlers.seed(d.kernels, 0)).get_trace()
-    params = {name: jax.tree.map(lambda leaf: leaf[None], site["value"]) for name, site in trace.items()}
+    params = jax.tree.map(lambda leaf: leaf[None], d.initial_params(jax.random.key(0)))
     loc, scale = np.broadcast_to(loc, d.event_shape).astype(float), np.broadcast_to(scale, d.event_shape).astype(float)
     return Fit(d, params, np.zeros((1, 1)), np.zeros((1, 0)), loc, scale)
 

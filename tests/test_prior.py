@@ -214,6 +214,8 @@ def test_wrong_params_and_several_chains_are_refused():
         d.prior({"beta": params["beta"]})
     with pytest.raises(ValueError, match=r"params\['beta'\] has other shapes"):
         d.prior(params | {"beta": params["beta"][:2]})
+    with pytest.raises(ValueError, match=r"params\['network\$params'\] has other shapes"):
+        d.prior(random_params(mlp_diffusion("full", width=9)))
     double = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
     both = Fit(d, double, np.zeros((2, 1)), np.zeros((2, 0)), np.zeros(2), np.ones(2))
     with pytest.raises(ValueError, match="this fit has 2 chains; choose one"):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpy.typing import ArrayLike
-from numpyro import handlers
 from numpyro.infer import TraceMeanField_ELBO
 
 from probdiff.chains import Diffusion
@@ -132,9 +131,7 @@ def _family_and_data(model: Program, guide: Program, params: Params | None, x: n
 
 def typical_params(d: Diffusion, rng_key: Key) -> Params:
     """Initial params of a diffusion, the network's moved at random by a tenth of their size, so that none is zero."""
-    trace = handlers.trace(handlers.seed(d.kernels, rng_key)).get_trace()
-    params = {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
-    return jittered(params, ["network$params"], rng_key)
+    return jittered(d.initial_params(rng_key), ["network$params"], rng_key)
 
 
 def forms(d: Diffusion) -> dict[str, tuple[Program, Program, Any]]:

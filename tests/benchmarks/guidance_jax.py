@@ -9,7 +9,6 @@ Euler-Maruyama steps, "Flow" the README's rectified flow with Euler steps; the s
 "tuned", on other problems. FPS is one run of 1,000 particles; the others draw independently.
 """
 
-import json
 import sys
 import time
 from functools import partial
@@ -24,7 +23,7 @@ from diffuse.examples.gaussian_mixtures.forward_models.matrix_product import Mat
 from diffuse.integrator import EulerIntegrator, EulerMaruyamaIntegrator
 from diffuse.predictor import Predictor
 from diffuse.timer import VpTimer
-from guidance_problems import DRAWS, FOLDER, D, path
+from guidance_problems import DRAWS, D, path, save
 
 MODELS = {
     "SDE": (SDE(LinearSchedule(b_min=0.1, b_max=20.0, t0=0.0, T=1.0)), EulerMaruyamaIntegrator),
@@ -90,11 +89,7 @@ def main():
         meta[name] = {"steps": steps, "cost": cost, "seconds": seconds, "first": first}
         text = f"{steps} steps of {cost} evaluations, {seconds:.2f} s a problem, {first:.1f} s the first"
         print(f"{name}: {text}", flush=True)
-    file = FOLDER / f"draws_diffuse_{level}_{M}_{K}.npz"
-    if file.exists():
-        draws, meta = dict(np.load(file)) | draws, json.loads(file.with_suffix(".json").read_text()) | meta
-    np.savez(file, **draws)
-    file.with_suffix(".json").write_text(json.dumps(meta, indent=1))
+    save("diffuse", level, M, K, draws, meta)
 
 
 if __name__ == "__main__":

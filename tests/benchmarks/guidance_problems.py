@@ -10,6 +10,7 @@ the sd of A x. A file runs/guidance/LEVEL_M.npz holds ten problems for the NumPy
 tune_LEVEL_M.npz three others.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,15 @@ def problems(M, level, seed=0, count=PROBLEMS):
 
 def path(level, M):
     return FOLDER / f"{level}_{M}.npz"
+
+
+def save(library, level, M, K, draws, meta):
+    """Adds draws and how they were made, each by sampler, to those of a cell."""
+    file = FOLDER / f"draws_{library}_{level}_{M}_{K}.npz"
+    if file.exists():
+        draws, meta = dict(np.load(file)) | draws, json.loads(file.with_suffix(".json").read_text()) | meta
+    np.savez(file, **draws)
+    file.with_suffix(".json").write_text(json.dumps(meta, indent=1))
 
 
 if __name__ == "__main__":

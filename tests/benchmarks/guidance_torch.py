@@ -11,7 +11,6 @@ problems. "ideal" has the posterior's own denoiser. TDS is one run of 1,000 part
 step, or K // 100 runs of 50 steps, of which 1,000 particles are picked; all others draw independently.
 """
 
-import json
 import sys
 import time
 
@@ -21,7 +20,7 @@ from azula import guidance, sample
 from azula.denoise import Denoiser, DiracPosterior
 from azula.linalg.covariance import FullCovariance, IsotropicCovariance
 from azula.noise import RectifiedSchedule
-from guidance_problems import DRAWS, FOLDER, D, path
+from guidance_problems import DRAWS, D, path, save
 
 
 class Mixture(Denoiser):
@@ -167,11 +166,7 @@ def main():
             seconds.append(s)
         draws[name], meta[name] = np.stack(xs), {"steps": steps, "cost": cost, "seconds": float(np.mean(seconds))}
         print(f"{name}: {steps} steps of {cost:g} evaluations, {np.mean(seconds):.2f} s a problem", flush=True)
-    file = FOLDER / f"draws_azula_{level}_{M}_{K}.npz"
-    if file.exists():
-        draws, meta = dict(np.load(file)) | draws, json.loads(file.with_suffix(".json").read_text()) | meta
-    np.savez(file, **draws)
-    file.with_suffix(".json").write_text(json.dumps(meta, indent=1))
+    save("azula", level, M, K, draws, meta)
 
 
 if __name__ == "__main__":
