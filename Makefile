@@ -13,7 +13,7 @@ types:
 	.venv/bin/mypy
 
 notebooks:
-	.venv/bin/pytest --nbmake notebooks -o addopts= -o filterwarnings=default
+	PYTHONPATH=tests .venv/bin/pytest --nbmake notebooks -o addopts= -o filterwarnings=default -n 2 -p pinned
 
 bench:
 	for name in overhead peers growth evaluation quality streaming variance naive; do \

@@ -17,9 +17,10 @@ import pandas as pd
 import typer
 from numpyro import handlers
 
-from probdiff import datasets, derivation, devices, diagnostics, families, networks, plots, posterior, schedules
+from probdiff import datasets, derivation, devices, diagnostics, families, networks, plots, schedules
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.files import atomic_write
+from probdiff.imputation import impute as impute_table
 from probdiff.processes import start_processes
 from probdiff.results import Fit
 from probdiff.results import fit as fit_diffusion
@@ -172,32 +173,31 @@ def impute(
     """Fill the empty cells of a table with draws given the other cells of the row, and leave an ArviZ file beside."""
     check_count(num_draws, "--num-draws", 1)
     check_count(num_particles, "--num-particles", max(25, -(-num_draws // 8)))
+    out = out or run / f"{table.stem}-imputed.csv"
+    if out.suffix != ".csv":
+        raise ValueError(f"--out is {out}; it must end in .csv")
     opened = Run.open(run)
     d, data_split = opened.prepare()
     fitted = opened.load(d)
     fitted = fitted.chain(fitted.best if chain is None else chain)
     x, features = datasets.read_table(table, data_split.features, integers=True)
-    key_data, key_draws = jax.random.split(jax.random.key(seed))
-    dequantised = opened.options["dequantise"] or opened.options["data"] == "digits"
-    whole = np.all(np.isnan(x) | (x == np.floor(x)), axis=0) & dequantised
-    x[:, whole] += np.asarray(jax.random.uniform(key_data, x.shape))[:, whole]
-    dt = posterior.sample(
-        fitted, posterior.Missing(x), rng_key=key_draws, num_particles=num_particles, num_filters=8, features=features
+    whole = np.full(len(features), opened.options["data"] == "digits")
+    if opened.options["dequantise"]:
+        before = datasets.read_table(opened.options["data"], data_split.features, integers=True)[0]
+        whole = np.all(before == np.floor(before), axis=0)
+    frame, dt = impute_table(
+        fitted, x, features, whole, rng_key=jax.random.key(seed), num_draws=num_draws, num_particles=num_particles
     )
-    drawn = dt["posterior"].dataset["x_0"].transpose("draw", "chain", "datum", "feature").to_numpy()
-    drawn = drawn.reshape(-1, *x.shape)[:num_draws]
-    drawn[..., whole] = np.floor(drawn[..., whole])
-    frame = pd.DataFrame(np.swapaxes(drawn, 0, 1).reshape(-1, len(features)), columns=features)
-    frame.insert(0, "row", np.repeat(np.arange(len(x)), num_draws))
-    frame.insert(1, "draw", np.tile(np.arange(num_draws), len(x)))
-    out = out or run / f"{table.stem}-imputed.csv"
+    tree = out.with_name(f"{out.stem}-draws.nc")
     with atomic_write(out) as file:
         frame.to_csv(file, index=False)
-    with atomic_write(out.with_suffix(".nc")) as file:
+    with atomic_write(tree) as file:
         dt.to_netcdf(file, engine="h5netcdf")
-    effective = dt["evidence"].dataset["effective_draws"].to_numpy()[np.isnan(x).any(1)]
-    least = f"; at least {effective.min():,.0f} effective draws behind each" if effective.size else ""
-    print(f"{np.isnan(x).sum():,} empty cells in {len(x):,} rows filled {num_draws} times in {out}{least}")
+    least = dt["evidence"].dataset["effective_draws"].to_numpy().min()
+    print(
+        f"{np.isnan(x).sum():,} empty cells in {len(x):,} rows filled {num_draws} times in {out}, all draws in {tree}; "
+        f"at least {least:,.0f} effective draws behind each"
+    )
 
 
 @app.command()

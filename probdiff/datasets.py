@@ -310,7 +310,7 @@ def frame_numbers(frame: Any, name: str, integers: bool = False) -> np.ndarray:
             "dequantise them (--dequantise), leave them out, or write them with decimals if they were measured; "
             "a table of bits is --binary"
         )
-    return frame.to_numpy(np.float64)
+    return frame.to_numpy(np.float64, copy=True)
 
 
 BITS = ("heartbeat", "binary-digits")  # of those that `load` knows by name

@@ -134,7 +134,7 @@ def _filter(
         now = state(x_t, t)
         return (now, _never_nan(log_w + now.log_psi), *rest), ess
 
-    key_steps, key_last, key_resample = jax.random.split(rng_key, 3)
+    key_steps, key_last, key_resample, key_order = jax.random.split(rng_key, 4)
     keys, size = jax.random.split(key_steps, T), math.prod(d.event_shape)
     # above x_T: its "kernel" is p(x_T)
     zeros, ones = jnp.zeros((S, size)), jnp.ones((S, size))
@@ -151,7 +151,9 @@ def _filter(
     worst = jax.tree.map(partial(jnp.where, last < worst[0]), (last, log_w), worst)
     log_evidence = log_evidence + jax.nn.logsumexp(log_w) - jnp.log(S)
     ess = jnp.concatenate([ess, jnp.stack([ess_above, last])])[1:]
-    return Filtered(x_0[systematic(key_resample, shares, S)], log_evidence, ess, worst[1])
+    chosen = systematic(key_resample, shares, S)
+    # in any order, so that each draw by itself is one from the posterior: resampling keeps particles in theirs
+    return Filtered(x_0[jax.random.permutation(key_order, chosen)], log_evidence, ess, worst[1])
 
 
 def _never_nan(log_w: Float[Array, " S"]) -> Float[Array, " S"]:
@@ -160,8 +162,9 @@ def _never_nan(log_w: Float[Array, " S"]) -> Float[Array, " S"]:
 
 def _shares(log_w: Float[Array, " S"]) -> tuple[Float[Array, " S"], Float[Array, ""]]:
     """Normalised weights, even ones where none is positive, and the share of particles that are effective."""
-    shares = jax.nn.softmax(jnp.where(jnp.isfinite(log_w.max()), log_w, 0.0))
-    return shares, 1 / jnp.sum(shares**2) / len(log_w)
+    alive = jnp.isfinite(log_w.max())
+    shares = jax.nn.softmax(jnp.where(alive, log_w, 0.0))
+    return shares, jnp.where(alive, 1 / jnp.sum(shares**2) / len(log_w), 0.0)
 
 
 def _draw(loc: Float[Array, "S D"], scale: Float[Array, "S D *D"], z: Float[Array, "S D"]) -> Float[Array, "S D"]:

@@ -41,11 +41,13 @@ class Missing:
 class BlackBox:
     """A log-likelihood that is called as a function is, of which no derivative is taken.
 
-    It must be traceable by JAX; other code can be called through `jax.pure_callback`.
+    It must be traceable by JAX; other code is called through `jax.pure_callback`, with `vmap_method="sequential"`.
     """
 
     log_likelihood: Callable[..., Any]
 
+
+_ROUNDING = 1e-10  # of eigenvalues, over the largest
 
 type Likelihood = LinearGaussian | Missing | BlackBox | Callable[..., Any]
 
@@ -66,8 +68,7 @@ def prepare(
         return guidance.Linear(*(jnp.asarray(a, jnp.result_type(float)) for a in (y, A, noise, constant))), x
     if isinstance(likelihood, LinearGaussian):
         y, A, noise = _linear(likelihood, len(loc))
-        y = y - A @ loc
-        arrays = (y, A * scale, noise, np.zeros(len(y)))
+        arrays = _sufficient(y - A @ loc, A * scale, noise)
         return guidance.Linear(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays)), None
     function = likelihood.log_likelihood if isinstance(likelihood, BlackBox) else likelihood
     if not callable(function):
@@ -90,17 +91,21 @@ class _log_g:
     def __init__(self, function: Callable[..., Any], takes_data: bool, loc: Any, scale: Any) -> None:
         self.function, self.takes_data, self.loc, self.scale = function, takes_data, loc, scale
 
-    def __call__(self, z: Float[Any, " D"], datum: Any) -> Any:
+    def stated(self, z: Float[Any, " D"], datum: Any) -> Any:
         x_0 = self.loc + self.scale * z.reshape(self.loc.shape)
         return self.function(x_0, datum["y"]) if self.takes_data else self.function(x_0)
 
+    def __call__(self, z: Float[Any, " D"], datum: Any) -> Float[Any, ""]:
+        log_g = jnp.asarray(self.stated(z, datum), jnp.result_type(float))
+        return jnp.where(jnp.isnan(log_g), -jnp.inf, log_g)
+
     def __hash__(self) -> int:
-        return hash((self.function, self.takes_data))
+        return hash((id(self.function), self.takes_data))
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, _log_g)
-            and (self.function, self.takes_data) == (other.function, other.takes_data)
+            and (self.function is other.function and self.takes_data == other.takes_data)
             and np.array_equal(self.loc, other.loc)
             and np.array_equal(self.scale, other.scale)
         )
@@ -110,10 +115,16 @@ def _check_function(log_g: _log_g, datum: Any, fit: Fit, rng_key: Key, smooth: b
     """That it gives a number, and no NaN, at eight draws from the prior."""
     z = jnp.asarray((fit.sample(rng_key, 8) - fit.loc) / fit.scale, jnp.result_type(float)).reshape(8, -1)
     first = jax.tree.map(lambda leaf: leaf[0], datum)
-    shape = getattr(jax.eval_shape(log_g, z[0], first), "shape", None)
+    try:
+        shape = getattr(jax.eval_shape(log_g.stated, z[0], first), "shape", None)
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(
+            "likelihood cannot be traced by JAX; call what is not written in JAX through "
+            'BlackBox and jax.pure_callback(…, vmap_method="sequential")'
+        ) from error
     if shape != ():
         raise ValueError(f"likelihood gives {'no array' if shape is None else f'shape {shape}'}; it must give a number")
-    values = np.asarray(jax.vmap(lambda x: log_g(x, first))(z))
+    values = np.asarray(jax.vmap(lambda x: log_g.stated(x, first))(z))
     if np.isnan(values).any():
         raise ValueError(f"likelihood is NaN at {np.isnan(values).sum()} of 8 draws from the prior")
     if smooth:
@@ -152,9 +163,9 @@ def _linear(likelihood: LinearGaussian, size: int) -> tuple[np.ndarray, np.ndarr
         factor = np.diag(np.broadcast_to(noise, (M,)))
     elif noise.shape == (M, M):
         values, vectors = np.linalg.eigh(noise)
-        if not np.allclose(noise, noise.T) or values[0] < 0:
+        if not np.allclose(noise, noise.T) or values[0] < -_ROUNDING * values[-1]:
             raise ValueError("noise is no covariance matrix: it must be symmetric, without negative eigenvalues")
-        factor = vectors * np.sqrt(values)
+        factor = vectors * np.sqrt(np.where(values > _ROUNDING * values[-1], values, 0.0))
     else:
         raise ValueError(f"noise has shape {noise.shape}; it must be a number, ({M},) or ({M}, {M})")
     A = np.broadcast_to(A, (N, M, size))
@@ -164,3 +175,17 @@ def _linear(likelihood: LinearGaussian, size: int) -> tuple[np.ndarray, np.ndarr
     ):
         raise ValueError("A and noise leave a combination of y without a density: rows of A must be independent there")
     return y, A, np.broadcast_to(factor, (N, M, M))
+
+
+def _sufficient(
+    y: np.ndarray, A: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """No more than D numbers that say the same of x_0 as y (N, M) does, their A and noise, and the rest of log p(y)."""
+    (N, M), D = y.shape, A.shape[2]
+    if M <= D or np.linalg.matrix_rank(noise).min() < M:
+        return y, A, noise, np.zeros(N)
+    white = np.linalg.solve(noise, y[..., None])[..., 0]
+    Q, triangular = np.linalg.qr(np.linalg.solve(noise, A))
+    kept = np.einsum("nmd,nm->nd", Q, white)
+    left = np.sum(white**2, 1) - np.sum(kept**2, 1) + (M - D) * np.log(2 * np.pi)
+    return kept, triangular, np.tile(np.eye(D), (N, 1, 1)), -0.5 * left - np.linalg.slogdet(noise)[1]

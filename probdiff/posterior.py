@@ -40,7 +40,8 @@ def sample(
 
     `likelihood` is a `LinearGaussian`, `Missing`, `BlackBox`, or a function log p(y given x_0) of x_0 (*event_shape) in
     the data's own units that JAX can differentiate twice. A function or `BlackBox` is called as f(x_0), or where there
-    are `data`, a tree of arrays with a leading axis of N, as f(x_0, datum).
+    are `data`, a tree of arrays with a leading axis of N, as f(x_0, datum). It is compiled once and must depend on its
+    arguments alone: what changes from call to call is given as `data`. Where it is NaN the likelihood counts as zero.
 
     Each of `num_filters` filters carries `num_particles` particles down the chain, guided by the observation and
     weighted so that they are exact as their number grows; p(y) is estimated without bias by any number. The tree has
@@ -83,7 +84,7 @@ def sample(
             {
                 "log_evidence": evidence.values,
                 "mcse": evidence.values_mcse,
-                "effective_draws": _effective_draws(draws),
+                "effective_draws": _effective_draws(draws, observed),
                 "pareto_k": evidence.pareto_k,
             },
             dims={name: ["datum"] for name in ("log_evidence", "mcse", "effective_draws", "pareto_k")},
@@ -202,8 +203,8 @@ def _evidence(result: Filtered) -> LogLikelihood:
             "the observation cannot be, under this prior, or num_particles is too small"
         )
     values, mcse = log_mean(np.asarray(result.log_evidence.T, np.float64))
-    log_w = result.log_weight.reshape(len(values), -1)
-    log_w = log_w - result.log_weight.max(-1).repeat(result.log_weight.shape[-1], 1)
+    largest = result.log_weight.max(-1, keepdims=True)
+    log_w = (result.log_weight - np.where(np.isfinite(largest), largest, 0.0)).reshape(len(values), -1)
     thinned = log_w[:, :: -(-log_w.shape[1] // _K_DRAWS)]
     k = pareto_k(xr.DataArray(thinned.T.astype(np.float64), dims=("draw", "datum"))).to_numpy()
     return LogLikelihood(values, mcse, "estimate", k)
@@ -215,7 +216,8 @@ def _warn_of_collapse(result: Filtered, evidence: LogLikelihood) -> None:
     k, limit = np.asarray(evidence.pareto_k), k_threshold(min(_K_DRAWS, result.log_weight[0].size))
     # an error of log p̂ of one from a single filter: the filters disagree on where the mass is
     of_one = evidence.values_mcse * np.sqrt(result.log_evidence.shape[1])
-    bad = np.flatnonzero((least < _LEAST_PARTICLES) | ~(of_one < 1))
+    dead = ~np.isfinite(result.log_evidence).all(1)
+    bad = np.flatnonzero((least < _LEAST_PARTICLES) | ~(of_one < 1) | dead)
     if bad.size:
         worst = bad[np.argmin(least[bad])]
         warnings.warn(
@@ -227,10 +229,14 @@ def _warn_of_collapse(result: Filtered, evidence: LogLikelihood) -> None:
         )
 
 
-def _effective_draws(draws: Float[np.ndarray, "N M S D"]) -> Float[np.ndarray, " N"]:
-    """How many independent draws would have means that vary as those of filters do, for the worst feature."""
+def _effective_draws(
+    draws: Float[np.ndarray, "N M S D"], observed: Float[np.ndarray, "N D"] | None
+) -> Float[np.ndarray, " N"]:
+    """How many independent draws would have means that vary as those of filters do, for the worst unknown feature."""
     N, M, S, D = draws.shape
     between, total = draws.mean(2).var(1, ddof=1), draws.reshape(N, M * S, D).var(1)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(total > 0, M * total / between, np.inf)
+    if observed is not None:
+        ratio = np.where(np.isnan(observed), ratio, np.inf)
     return np.minimum(ratio.min(1), M * S)

@@ -113,7 +113,7 @@ def is_given(name: str) -> bool:
     """Whether a handler of `condition`, `do`, `substitute` or `replay` around the caller has a value for the site.
 
     A reparametrised site is deterministic before such a handler sees it, and its value would be ignored. NumPyro has no
-    public way to ask.
+    public way to ask. A function that `substitute` is given is not asked: NumPyro's initialisers want the base site.
     """
     for handler in reversed(_PYRO_STACK):
         if isinstance(handler, handlers.scope):

@@ -1,8 +1,9 @@
 import os
 from pathlib import Path
 
+import pinned  # noqa: F401  # before NumPy and JAX start threads
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two workers on two cores
 # the same small programs are compiled in many tests and in the commands that they start
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

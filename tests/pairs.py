@@ -2,8 +2,11 @@
 
 from contextlib import nullcontext
 
+import jax
 import numpyro
 import numpyro.distributions as dist
+
+from probdiff.derivation.pair import Chain
 
 PIECES = {
     "shift": 0,  # of β in t
@@ -55,3 +58,20 @@ class Hand:
 def only(name, handler):
     """`handler` at the site of that name alone."""
     return lambda site: handler if site == name else nullcontext()
+
+
+def compile_once(monkeypatch):
+    """What runs a chain's program on arrays is compiled once, for checks of one pair that differ in their seed."""
+    compiled = {}
+    methods = {name: getattr(Chain, name) for name in ("each", "draw", "linearised", "total", "log_probs_of")}
+    for name, method in methods.items():
+
+        def call(chain, *arguments, name=name, method=method):
+            functions = [one for one in arguments if callable(one)]
+            arrays = [one for one in arguments if not callable(one)]
+            key = (name, chain.name, *(function.__code__ for function in functions))
+            if key not in compiled:
+                compiled[key] = jax.jit(lambda *arrays: method(chain, *arrays, *functions))
+            return compiled[key](*arrays)
+
+        monkeypatch.setattr(Chain, name, call)

@@ -63,9 +63,9 @@ def test_impute_fills_the_empty_cells_alone(probdiff, own):
     table = pd.read_csv("own.csv").head(5)
     table.loc[0, "weight"] = table.loc[1, "height"] = np.nan
     table.loc[2] = np.nan
-    table[["ratio", "weight", "height"]].to_csv("holes.csv", index=False)  # in another order
-    code, said, complaint = probdiff("impute", own, "holes.csv", "-m", 7, "--num-particles", 100)
-    assert not code
+    table[["ratio", "weight", "height"]].to_parquet("holes.parquet")  # in another order
+    code, said, complaint = probdiff("impute", own, "holes.parquet", "-m", 7, "--num-particles", 100)
+    assert not code, complaint
     assert "5 empty cells in 5 rows filled 7 times" in said
     filled = pd.read_csv(own / "holes-imputed.csv")
     assert filled.columns.tolist() == ["row", "draw", "height", "weight", "ratio"]
@@ -75,10 +75,13 @@ def test_impute_fills_the_empty_cells_alone(probdiff, own):
     known = ~repeated.isna()
     np.testing.assert_allclose(filled[repeated.columns].where(known), repeated, rtol=1e-6)
     assert (filled.groupby("row").nunique().loc[2, ["height", "weight", "ratio"]] > 3).all()
-    dt = az.from_netcdf(own / "holes-imputed.nc")
-    assert dict(dt["posterior"].dataset.sizes) == {"chain": 8, "draw": 100, "datum": 5, "feature": 3}
+    dt = az.from_netcdf(own / "holes-imputed-draws.nc")
+    assert dict(dt["posterior"].dataset.sizes) == {"chain": 8, "draw": 100, "datum": 3, "feature": 3}
+    assert dt["posterior"]["datum"].to_numpy().tolist() == [0, 1, 2]  # rows without empty cells are not drawn
     for arguments, message in (
-        (["holes.csv", "-m", 0], "--num-draws is 0"),
+        (["holes.parquet", "-m", 0], "--num-draws is 0"),
+        (["holes.parquet", "--out", "holes.npy"], "--out is holes.npy; it must end in .csv"),
+        (["own.csv"], "the table has no empty cell"),
         (["own.xlsx"], "the files read are"),
         (["none.csv"], "none.csv does not exist"),
     ):

@@ -14,7 +14,7 @@ import scipy.stats
 from conftest import linear_diffusion, mlp_diffusion, path_gaussian
 from numpyro import handlers
 from numpyro.infer import TraceMeanField_ELBO
-from pairs import only
+from pairs import compile_once, only
 from scipy.integrate import quad
 from test_chains import exact_elbo
 
@@ -241,6 +241,7 @@ def test_a_form_in_the_wrong_order_is_caught():
 @pytest.fixture
 def without_monte_carlo_once(monkeypatch):
     """What has no Monte Carlo error, and takes most of the time, is worked out for the first seed alone."""
+    compile_once(monkeypatch)
     for room, name in ((chain_rows, "_markov"), (GaussianPair, "kernels"), (chain_rows, "_gradient")):
         compute, found = getattr(room, name), {}
 

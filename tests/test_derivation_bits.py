@@ -12,7 +12,7 @@ import pairs
 import pytest
 import xarray as xr
 from numpyro import handlers
-from pairs import only
+from pairs import compile_once, only
 from scipy import stats
 from test_binomial import KEY, all_bits, elbo_by_enumeration, small
 
@@ -278,8 +278,9 @@ def test_kernels_of_unknown_rates_are_not_called_wrong(monkeypatch):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.slow
-def test_the_right_pair_holds_for_every_seed():
+def test_the_right_pair_holds_for_every_seed(monkeypatch):
     """20 seeds at a failure rate of 1e-4 each: some seed would fail in one of 500 such tests."""
+    compile_once(monkeypatch)
     scores = {"N9": [], "N14": [], "N17": []}
     z = stats.norm.isf(1e-4 / 50 / 2)
     for seed in range(20):

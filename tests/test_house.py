@@ -15,7 +15,7 @@ ORDER = [
     "derivation.score", "derivation.linear", "derivation.two_state", "derivation.quadrature", "derivation.feller",
     "derivation.flips", "derivation.oracle", "derivation.oracle_of_bits", "derivation.bernoulli", "derivation.evidence",
     "derivation.gaussian", "derivation.bits", "derivation.chain_rows", "derivation.bound_rows", "derivation", "exact",
-    "results", "observations", "posterior", "processes", "cli",
+    "results", "observations", "posterior", "imputation", "processes", "cli",
 ]  # fmt: skip
 PACKAGE = Path(probdiff.__file__).parent
 

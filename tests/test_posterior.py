@@ -9,6 +9,7 @@ from numpyro import handlers
 from scipy import stats
 
 from probdiff import GaussianDiffusion, posterior, schedules
+from probdiff.imputation import impute
 from probdiff.posterior import BlackBox, LinearGaussian, Missing
 from probdiff.results import Fit
 
@@ -136,6 +137,32 @@ def test_missing_values_in_any_pattern(x64, covariance):
     np.testing.assert_array_equal(np.isnan(dt["observed_data"].dataset["x_0"]), np.isnan(x))
 
 
+def test_each_draw_by_itself_is_one_of_the_posterior(x64):
+    """Whatever its place among the draws of a filter, as for those who take the first ten."""
+    fit, mean, cov = linear_fit("diagonal")
+    likelihood = BlackBox(lambda x: -0.5 * ((A[0] @ x - 2.5) / 0.5) ** 2)
+    dt = posterior.sample(fit, likelihood, rng_key=KEY, num_particles=400, num_filters=400)
+    wanted = conditioned(mean, cov, np.array([2.5]), A, np.array([[0.25]]))[0]
+    draws = dt["posterior"].dataset["x_0"].to_numpy()[:, :, 0]  # 400 filters
+    for place in (0, 1, 399):
+        assert_close(draws[:, place], wanted, 399, 6)
+
+
+def test_more_measurements_than_features_say_what_their_sufficient_statistics_do(x64):
+    fit, mean, cov = linear_fit("full")
+    rng = np.random.default_rng(3)
+    many, root = rng.normal(size=(6, 2)), rng.normal(size=(6, 6))
+    R = root @ root.T / 6 + 0.1 * np.eye(6)
+    y = many @ np.array([2.0, -1.5]) + 0.3
+    dt = posterior.sample(fit, LinearGaussian(y, many, R), rng_key=KEY, num_particles=500, num_filters=20)
+    wanted, _, evidence = conditioned(mean, cov, y, many, R)
+    assert_close(np.exp(dt["filters"].dataset["log_evidence"].to_numpy()[:, 0] - evidence), 1.0, 19)
+    assert_close(dt["posterior"].dataset["x_0"].to_numpy()[:, :, 0].mean(1), wanted, 19, 2)
+    # a covariance that is singular but for rounding is one
+    twice = LinearGaussian(np.array([1.0, 1.2, 0.1]), many[:3], np.ones((3, 3)))
+    assert np.isfinite(posterior.log_evidence(fit, twice, rng_key=KEY, num_particles=100).values)
+
+
 def test_conditional_densities(x64):
     fit, mean, cov = linear_fit("full")
     x = np.array([[3.0, -1.8], [0.5, -2.5]])
@@ -224,6 +251,13 @@ def test_what_cannot_be_is_told():
     far = LinearGaussian(np.array([[0.0], [60.0]]), np.array([[1.0, 0.0]]), 0.1)
     with pytest.warns(UserWarning, match=r"1 of 2 posteriors have collapsed, in row\(s\) 1.*effective.*k̂ = "):
         posterior.sample(fit, far, rng_key=KEY, num_particles=100, num_filters=4)
+    # a part of the filters has no particle left: the others must not be taken for all
+    rare = BlackBox(lambda x: jnp.where(x[0] > 4.6, 0.0, -jnp.inf))
+    with pytest.warns(UserWarning, match="1 of 1 posteriors have collapsed"):
+        dt = posterior.sample(fit, rare, rng_key=KEY, num_particles=25, num_filters=16)
+    dead = ~np.isfinite(dt["filters"].dataset["log_evidence"][:, 0])
+    assert 0 < dead.sum() < 16
+    assert (dt["filters"].dataset["ess"][:, :, 0].min("t")[dead] == 0).all()
     never = BlackBox(lambda x: jnp.where(x[0] > 1e6, 0.0, -jnp.inf))
     with pytest.raises(ValueError, match="zero or NaN at every particle of row"):
         posterior.sample(fit, never, rng_key=KEY, num_particles=100, num_filters=4)
@@ -235,6 +269,7 @@ def test_what_cannot_be_is_told():
         (lambda x: x, {}, ValueError, r"likelihood gives shape \(2,\); it must give a number"),
         (lambda x: jnp.log(-(x[0] ** 2)), {}, ValueError, "likelihood is NaN at 8 of 8 draws"),
         (lambda x: jnp.sqrt(0 * x[0]), {}, ValueError, "gradient of NaN.*BlackBox"),
+        (lambda x: stats.norm.logpdf(np.asarray(x)).sum(), {}, TypeError, "cannot be traced by JAX.*pure_callback"),
         (3, {}, TypeError, "likelihood is 3; it must be LinearGaussian"),
         (Missing(np.zeros((3, 3))), {}, ValueError, r"x has shape \(3, 3\)"),
         (Missing(np.zeros((3, 2), int)), {}, TypeError, "x has dtype int64"),
@@ -255,6 +290,50 @@ def test_what_cannot_be_is_told():
 def test_bad_input_is_refused(likelihood, options, error, message):
     with pytest.raises(error, match=message):
         posterior.sample(three_modes(), likelihood, **{"rng_key": KEY, **options})
+
+
+def test_integers_of_a_table_are_filled_with_integers():
+    fit = linear_fit("full")[0]
+    x = np.array([[3.0, np.nan], [np.nan, -2.0], [1.5, -2.0]])
+    options = {"rng_key": KEY, "num_draws": 20, "num_particles": 100}
+    frame, dt = impute(fit, x, ["size", "count"], np.array([False, True]), **options)
+    assert (frame["count"] == np.floor(frame["count"])).all()
+    assert frame["count"][:20].nunique() > 1
+    known = np.tile(x[:, None], (1, 20, 1)).reshape(-1, 2)
+    np.testing.assert_allclose(np.where(np.isnan(known), known, frame[["size", "count"]]), known, rtol=1e-6)
+    np.testing.assert_array_equal(dt["observed_data"].dataset["x_0"], x[:2])
+    counts = dt["posterior"].dataset["x_0"].sel(feature="count").to_numpy()
+    assert (counts == np.floor(counts)).all()
+    with pytest.raises(ValueError, match="a feature is called 'row'"):
+        impute(fit, x, ["row", "count"], np.array([False, True]), **options)
+
+
+class Sensor(eqx.Module):
+    """A likelihood that cannot be hashed."""
+
+    gain: jax.Array
+
+    def __call__(self, x):
+        return -0.5 * ((self.gain @ x - 2.5) / 0.3) ** 2
+
+
+def by_callback(x):
+    shape = jax.ShapeDtypeStruct((), x.dtype)
+    return jax.pure_callback(lambda x: np.asarray(Sensor(A[0])(x)), shape, x, vmap_method="sequential")
+
+
+def test_any_function_is_a_likelihood(x64):
+    """Modules, code outside JAX, integers, and NaN where the likelihood is zero, beside a plain function."""
+    fit = linear_fit("diagonal")[0]
+    cut = lambda x: Sensor(A[0])(x) + jnp.where(x[0] < 50, 0, jnp.nan)  # noqa: E731
+    options = {"rng_key": KEY, "num_particles": 200, "num_filters": 2}
+    plain, *others = (
+        posterior.log_evidence(fit, BlackBox(function), **options).values
+        for function in (lambda x: Sensor(A[0])(x), Sensor(jnp.asarray(A[0])), by_callback, cut)
+    )
+    for other in others:
+        np.testing.assert_allclose(other, plain, rtol=1e-6)
+    assert posterior.log_evidence(fit, lambda x: jnp.where(x[0] > -50, 0, -100), **options).values == 0
 
 
 @pytest.mark.parametrize(

@@ -185,8 +185,10 @@ def test_equal_keys_give_equal_fits_and_old_style_keys_do(x, single):
     np.testing.assert_array_equal(again.losses, single.losses)
 
 
-@pytest.mark.parametrize("schedule", [schedules.LearnedSNR(6), schedules.harmonic(6), schedules.cosine(1)])
-@pytest.mark.parametrize("covariance", ["fixed", "diagonal", "full"])
+@pytest.mark.parametrize(
+    ("schedule", "covariance"),
+    [(schedules.LearnedSNR(6), "fixed"), (schedules.harmonic(6), "diagonal"), (schedules.cosine(1), "full")],
+)
 def test_every_schedule_and_covariance_can_be_fitted(x, schedule, covariance):
     d = mlp_diffusion(covariance, schedule)
     fitted = small(d, num_steps=50, check_every=50)(x)

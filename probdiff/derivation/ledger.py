@@ -38,10 +38,7 @@ class Comparison:
     @property
     def excess(self) -> float:
         """How far the difference goes towards its tolerance, or beyond it: more than one fails."""
-        wrong = -self.difference if self.at_least else abs(self.difference)
-        if not (self.tolerance >= 0 and np.isfinite(wrong)):
-            return np.inf
-        return 0.0 if wrong <= 0 else wrong / self.tolerance if self.tolerance > 0 else np.inf
+        return float(_excess(np.asarray(self.difference), np.asarray(self.tolerance), self.at_least))
 
     @property
     def holds(self) -> bool:
@@ -67,11 +64,17 @@ def compare(
 ) -> Comparison:
     """The comparison of the entry of the arrays that is furthest towards its tolerance or beyond it."""
     arrays = np.broadcast_arrays(*(np.asarray(a, np.float64) for a in (left, right, tolerance)))
-    entries = zip(*(a.ravel().tolist() for a in arrays), strict=True)
-    return max(
-        (Comparison(name, left_route, a, right_route, b, allowed, source, at_least) for a, b, allowed in entries),
-        key=lambda one: one.excess,
-    )
+    with np.errstate(invalid="ignore"):
+        worst = _excess(arrays[0] - arrays[1], arrays[2], at_least).argmax()
+    a, b, allowed = (float(array.flat[worst]) for array in arrays)
+    return Comparison(name, left_route, a, right_route, b, allowed, source, at_least)
+
+
+def _excess(difference: np.ndarray, tolerance: np.ndarray, at_least: bool) -> np.ndarray:
+    wrong = -difference if at_least else np.abs(difference)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(wrong <= 0, 0.0, wrong / tolerance)
+    return np.where((tolerance >= 0) & np.isfinite(wrong), ratio, np.inf)
 
 
 def machine(

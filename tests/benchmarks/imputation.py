@@ -229,7 +229,7 @@ def chain(train):
         draws = draws.reshape(-1, *test.shape)
         whole = posterior.log_evidence(fit, posterior.Missing(test), rng_key=keys[1], num_particles=500)
         joint = whole.values - dt["evidence"].dataset["log_evidence"].to_numpy()
-        return Imputed(draws[:: len(draws) // NUM_DRAWS], joint, point=draws.mean(0))
+        return Imputed(draws[:NUM_DRAWS], joint, point=draws.mean(0))  # as many of each filter, in no order
 
     return impute
 

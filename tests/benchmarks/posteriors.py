@@ -1,26 +1,31 @@
 """Posteriors of fitted and of exact chains, by particles and by NUTS, beside their truths.
 
-    python -m tests.benchmarks.posteriors [swiss-roll] [8-gaussians] [mixture] [calibration]
+    python -m tests.benchmarks.posteriors [swiss-roll] [rings] [mixture] [calibration]
 
 The first coordinate of x_0 is seen as 0.3 ± 0.1. "own" is the posterior under the fitted chain itself, from 2,000,000
 of its draws weighted by the likelihood; "exact" that under the data's density, on a grid. KS is the largest gap between
-the distribution functions of the second coordinate; that between own and exact is the error of the fit.
+the distribution functions of the second coordinate; that between own and exact is the error of the fit. Rows of
+`posteriors.json` that end in "se" are standard errors. Ranks are drawn in runs/posteriors/ranks.png.
 """
 
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import xarray as xr
 from numpyro.infer import MCMC, NUTS, Predictive
-from scipy import stats
+from scipy import special, stats
 
 from probdiff import GaussianDiffusion, datasets, fit, networks, posterior, schedules
+from probdiff.files import atomic_write
 from probdiff.results import Fit
 from tests.benchmarks.guidance import exact_fit, mode_error
 from tests.benchmarks.guidance_problems import path
@@ -28,8 +33,28 @@ from tests.benchmarks.guidance_problems import path
 FOLDER = Path("runs/posteriors")
 CELLS = Path(__file__).with_suffix(".json")
 SEEN, NOISE = 0.3, 0.1
-DENSITIES = {"swiss-roll": datasets.SwissRoll(0.5), "8-gaussians": datasets.eight_gaussians()}
-CHAINS = 1024
+CHAINS = 4096
+
+
+class Rings:
+    """Two circles about the origin, x = r·(cos θ, sin θ) + 0.08·ε, θ uniform, either r as likely."""
+
+    radii, noise = np.array([0.6, 1.3]), 0.08
+
+    def sample(self, rng_key, n):
+        keys = jax.random.split(rng_key, 3)
+        r, angle = jax.random.choice(keys[0], self.radii, (n,)), jax.random.uniform(keys[1], (n,), maxval=2 * np.pi)
+        on = r[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle)], 1)
+        return on + self.noise * jax.random.normal(keys[2], (n, 2))
+
+    def log_prob(self, x):
+        distance = np.linalg.norm(x, axis=-1)[..., None]
+        bessel = np.log(special.i0e(distance * self.radii / self.noise**2))
+        each = bessel - 0.5 * ((distance - self.radii) / self.noise) ** 2
+        return special.logsumexp(each, axis=-1, b=0.5) - np.log(2 * np.pi * self.noise**2)
+
+
+DENSITIES = {"swiss-roll": datasets.SwissRoll(0.5), "rings": Rings()}
 
 
 def chain_of(name):
@@ -78,7 +103,7 @@ def _nuts(model):
 
 
 def by_nuts(fitted):
-    """1,024 short chains from draws of the prior that are resampled by their likelihood; effective draws, seconds."""
+    """Many short chains from draws of the prior that are resampled by their likelihood; effective draws, seconds."""
     prior = fitted.prior()
 
     def model():
@@ -88,16 +113,18 @@ def by_nuts(fitted):
     start = time.perf_counter()
     noise = Predictive(prior, num_samples=20 * CHAINS)(jax.random.key(2), stacked=True)
     x = jax.vmap(lambda x_0: fitted.loc + fitted.scale * x_0)(noise["x_0"])
-    chosen = jax.random.categorical(jax.random.key(3), jnp.asarray(log_g(np.asarray(x)[:, 0])), shape=(CHAINS,))
+    log_w = log_g(np.asarray(x)[:, 0])
+    chosen = jax.random.categorical(jax.random.key(3), jnp.asarray(log_w), shape=(CHAINS,))
     initial = {name: noise[name][chosen] for name in ("x_path_base", "x_0_base")}
-    mcmc = MCMC(_nuts(model), num_warmup=5, num_samples=5, num_chains=CHAINS, chain_method="vectorized",
+    mcmc = MCMC(_nuts(model), num_warmup=2, num_samples=2, num_chains=CHAINS, chain_method="vectorized",
                 progress_bar=False)  # fmt: skip
     mcmc.run(jax.random.key(4), init_params=initial)
     draws = np.asarray(mcmc.get_samples(group_by_chain=True)["x"])
     seconds = time.perf_counter() - start
     # by how the means of chains vary, as for filters: chains that stay in their mode count once
     effective = CHAINS * draws.var((0, 1)) / draws.mean(1).var(0, ddof=1)
-    return draws, float(effective.min()), seconds
+    of_starts = np.exp(2 * special.logsumexp(log_w) - special.logsumexp(2 * log_w))
+    return draws, float(1 / (1 / effective.min() + 1 / of_starts)), seconds
 
 
 def seen(name):
@@ -106,7 +133,7 @@ def seen(name):
     truth, exactly = own(fitted), exact(density)
     likelihood = posterior.LinearGaussian(np.array([SEEN]), np.array([[1.0, 0.0]]), NOISE)
     start = time.perf_counter()
-    dt = posterior.sample(fitted, likelihood, rng_key=jax.random.key(5), num_filters=32)
+    dt = posterior.sample(fitted, likelihood, rng_key=jax.random.key(5), num_filters=16)
     seconds = time.perf_counter() - start
     second = dt["posterior"].dataset["x_0"].to_numpy()[..., 0, 1].ravel()
     row = {
@@ -122,7 +149,7 @@ def seen(name):
         "log evidence, exact": exactly[2],
     }
     many = posterior.LinearGaussian(np.full((200, 1), SEEN), np.array([[1.0, 0.0]]), NOISE)
-    found = posterior.log_evidence(fitted, many, rng_key=jax.random.key(6), num_filters=16)
+    found = posterior.log_evidence(fitted, many, rng_key=jax.random.key(6), num_particles=2000, num_filters=16)
     error = found.values - truth[2]
     limit = stats.t(15).isf(1e-4 / 400) * np.hypot(found.values_mcse, truth[3])
     row |= {
@@ -145,13 +172,13 @@ def mixture():
     for M in (1, 4, 32):
         with np.load(path("wide", M)) as held:
             p = dict(held)
-        fitted = exact_fit(p["weights"], p["means"], p["variances"], num_timesteps=200)
+        fitted = exact_fit(p["weights"], p["means"], p["variances"])
         errors, off, seconds = [], [], []
         for n in range(len(p["y"])):
             likelihood = posterior.LinearGaussian(p["y"][n], p["A"][n], p["noise"][n])
             start = time.perf_counter()
             dt = posterior.sample(
-                fitted, likelihood, rng_key=jax.random.key(n), num_particles=2000, num_filters=16
+                fitted, likelihood, rng_key=jax.random.key(n), num_particles=2000, num_filters=8
             )  # fmt: skip
             seconds.append(time.perf_counter() - start)
             x = dt["posterior"].dataset["x_0"].to_numpy()[:, :, 0].reshape(-1, 64)
@@ -196,18 +223,22 @@ def calibration(num_data=200, noise=0.3):
                 progress_bar=False)  # fmt: skip
     mcmc.run(jax.random.key(11), init_params=initial)
     nuts = np.asarray(mcmc.get_samples()["x"])
-    row = {}
-    for name, draws in (("particles", particles), ("NUTS", nuts)):
-        pit = (draws < truths).mean(0)
-        row |= {f"{name}, p of x_{i + 1}": float(stats.kstest(pit[:, i], "uniform").pvalue) for i in range(2)}
-        np.savez(FOLDER / f"pit-{name}.npz", pit=pit)
-    return row
+    pit = {
+        f"{name}, x_{i + 1}": ("sample", (draws < truths).mean(0)[:, i])
+        for name, draws in (("particles", particles), ("NUTS", nuts))
+        for i in range(2)
+    }
+    ranks = xr.DataTree.from_dict({"prior_sbc": xr.Dataset(pit)})
+    az.plot_ecdf_pit(ranks, sample_dims="sample").savefig(FOLDER / "ranks.png")
+    return {f"{name}, p": float(stats.kstest(values, "uniform").pvalue) for name, (_, values) in pit.items()}
 
 
 if __name__ == "__main__":
     cells = json.loads(CELLS.read_text()) if CELLS.exists() else {}
-    for name in sys.argv[1:] or [*DENSITIES, "mixture", "calibration"]:
-        cells[name] = seen(name) if name in DENSITIES else mixture() if name == "mixture" else calibration()
-        CELLS.write_text(json.dumps(cells, indent=1))
+    runs = {name: partial(seen, name) for name in DENSITIES} | {"mixture": mixture, "calibration": calibration}
+    for name in sys.argv[1:] or runs:
+        cells[name] = runs[name]()
+        with atomic_write(CELLS) as file:
+            file.write_text(json.dumps(cells, indent=1))
         print(name)
         print("\n".join(f"  {what}: {value:.4g}" for what, value in cells[name].items()), flush=True)
