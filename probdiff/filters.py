@@ -152,8 +152,9 @@ def _filter(
     log_evidence = log_evidence + jax.nn.logsumexp(log_w) - jnp.log(S)
     ess = jnp.concatenate([ess, jnp.stack([ess_above, last])])[1:]
     chosen = systematic(key_resample, shares, S)
-    # in any order, so that each draw by itself is one from the posterior: resampling keeps particles in theirs
-    return Filtered(x_0[jax.random.permutation(key_order, chosen)], log_evidence, ess, worst[1])
+    # from a random place, so that each draw by itself is one from the posterior; equal ones stay side by side, for ESS
+    chosen = jnp.roll(chosen, jax.random.randint(key_order, (), 0, S))
+    return Filtered(x_0[chosen], log_evidence, ess, worst[1])
 
 
 def _never_nan(log_w: Float[Array, " S"]) -> Float[Array, " S"]:

@@ -44,7 +44,8 @@ def impute(
     dt["posterior"] = dt["posterior"].assign(x_0=draws)
     dt["observed_data"] = dt["observed_data"].assign(x_0=xr.DataArray(x[rows], dims=("datum", "feature")))
     dt = dt.map_over_datasets(lambda group: group.assign_coords(datum=rows) if "datum" in group.dims else group)
-    drawn = draws.transpose("draw", "chain", "datum", "feature").to_numpy()
+    apart = np.linspace(0, num_particles, -(-num_draws // 8), endpoint=False).astype(int)  # neighbours may be equal
+    drawn = draws[:, apart].transpose("draw", "chain", "datum", "feature").to_numpy()
     filled = np.tile(x, (num_draws, 1, 1))
     filled[:, rows] = drawn.reshape(-1, *holes.shape)[:num_draws]
     frame = pd.DataFrame(np.swapaxes(filled, 0, 1).reshape(-1, len(features)), columns=list(features))

@@ -225,11 +225,11 @@ def chain(train):
         dt = posterior.sample(
             fit, posterior.Missing(np.where(hidden, np.nan, test)), rng_key=keys[0], num_particles=500
         )  # fmt: skip
-        draws = dt["posterior"].dataset["x_0"].transpose("draw", "chain", "datum", "feature").to_numpy()
-        draws = draws.reshape(-1, *test.shape)
+        draws = dt["posterior"].dataset["x_0"].to_numpy()  # chain, draw, datum, feature
         whole = posterior.log_evidence(fit, posterior.Missing(test), rng_key=keys[1], num_particles=500)
         joint = whole.values - dt["evidence"].dataset["log_evidence"].to_numpy()
-        return Imputed(draws[:NUM_DRAWS], joint, point=draws.mean(0))  # as many of each filter, in no order
+        few = draws[:, :: 500 // -(-NUM_DRAWS // 8)].swapaxes(0, 1).reshape(-1, *test.shape)[:NUM_DRAWS]
+        return Imputed(few, joint, point=draws.mean((0, 1)))
 
     return impute
 
