@@ -20,6 +20,7 @@ from numpyro import handlers
 from probdiff import datasets, derivation, devices, diagnostics, families, networks, plots, schedules
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.files import atomic_write
+from probdiff.imputation import NUM_FILTERS
 from probdiff.imputation import impute as impute_table
 from probdiff.processes import start_processes
 from probdiff.results import Fit
@@ -166,13 +167,13 @@ def impute(
     table: Annotated[Path, typer.Argument(help=".csv, .parquet or .npy file with empty cells, or NaN")],
     out: Annotated[Path | None, typer.Option(help=".csv file to write [default: RUN/TABLE-imputed.csv]")] = None,
     num_draws: Annotated[int, typer.Option("-m", "--num-draws", help="how many for each row")] = 10,
-    num_particles: Annotated[int, typer.Option(help="particles of each of eight filters")] = 500,
+    num_particles: Annotated[int, typer.Option(help=f"particles of each of {NUM_FILTERS} filters")] = 500,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
 ) -> None:
     """Fill the empty cells of a table with draws given the other cells of the row, and leave an ArviZ file beside."""
     check_count(num_draws, "--num-draws", 1)
-    check_count(num_particles, "--num-particles", max(25, -(-num_draws // 8)))
+    check_count(num_particles, "--num-particles", max(25, -(-num_draws // NUM_FILTERS)))
     out = out or run / f"{table.stem}-imputed.csv"
     if out.suffix != ".csv":
         raise ValueError(f"--out is {out}; it must end in .csv")
@@ -183,8 +184,7 @@ def impute(
     x, features = datasets.read_table(table, data_split.features, integers=True)
     whole = np.full(len(features), opened.options["data"] == "digits")
     if opened.options["dequantise"]:
-        before = datasets.read_table(opened.options["data"], data_split.features, integers=True)[0]
-        whole = np.all(before == np.floor(before), axis=0)
+        whole = datasets.integer_columns(datasets.read_frame(opened.options["data"], data_split.features))
     frame, dt = impute_table(
         fitted, x, features, whole, rng_key=jax.random.key(seed), num_draws=num_draws, num_particles=num_particles
     )

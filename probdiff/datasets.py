@@ -261,6 +261,23 @@ def read_table(
     Raises `ValueError` for a file that cannot be read, a column that is not there and a column that is not of
     numbers. Missing entries come back as NaN.
     """
+    frame = read_frame(path, columns)
+    array = frame_numbers(frame, str(path), integers=dequantise_key is not None or integers)
+    if dequantise_key is not None:
+        for i in np.flatnonzero(integer_columns(frame)).tolist():
+            array[:, i] = dequantise(array[:, i], jax.random.fold_in(dequantise_key, i))
+    return array, list(frame.columns)
+
+
+def integer_columns(frame: Any) -> np.ndarray:
+    """Which columns of a data frame hold integers or truth values by their dtype, so that they are dequantised."""
+    from pandas.api import types as kinds
+
+    return np.array([kinds.is_integer_dtype(kind) or kinds.is_bool_dtype(kind) for kind in frame.dtypes])
+
+
+def read_frame(path: str | Path, columns: Sequence[str] | None) -> Any:
+    """The data frame in a file, with these columns or all; raises as `read_table`."""
     import pandas as pd
 
     path = Path(path)
@@ -288,12 +305,7 @@ def read_table(
         frame = frame[list(columns)]
     if not len(frame):
         raise ValueError(f"{path} has 0 row(s) of data")
-    array = frame_numbers(frame, str(path), integers=dequantise_key is not None or integers)
-    if dequantise_key is not None:
-        for i, kind in enumerate(frame.dtypes):
-            if pd.api.types.is_integer_dtype(kind) or pd.api.types.is_bool_dtype(kind):
-                array[:, i] = dequantise(array[:, i], jax.random.fold_in(dequantise_key, i))
-    return array, list(frame.columns)
+    return frame
 
 
 def frame_numbers(frame: Any, name: str, integers: bool = False) -> np.ndarray:
@@ -303,8 +315,8 @@ def frame_numbers(frame: Any, name: str, integers: bool = False) -> np.ndarray:
     words = [column for column in frame.columns if not kinds.is_numeric_dtype(frame[column])]
     if words:
         raise ValueError(f"{name}: column {words[0]!r} does not hold numbers; leave it out, naming the columns to use")
-    whole = [c for c in frame.columns if kinds.is_integer_dtype(frame[c]) or kinds.is_bool_dtype(frame[c])]
-    if whole and not integers:
+    whole = frame.columns[integer_columns(frame)]
+    if len(whole) and not integers:
         raise ValueError(
             f"{name}: column {whole[0]!r} holds integers, and a density wants continuous data: "
             "dequantise them (--dequantise), leave them out, or write them with decimals if they were measured; "

@@ -12,6 +12,8 @@ from probdiff import posterior
 from probdiff.results import Fit
 from probdiff.types import Key
 
+NUM_FILTERS = 8
+
 
 def impute(
     fit: Fit,
@@ -36,15 +38,16 @@ def impute(
         raise ValueError("the table has no empty cell")
     key_whole, key_draws = jax.random.split(rng_key)
     holes = x[rows] + whole * np.asarray(jax.random.uniform(key_whole, x[rows].shape))
-    dt = posterior.sample(
-        fit, posterior.Missing(holes), rng_key=key_draws, num_particles=num_particles, num_filters=8, features=features
-    )
+    options = {"num_particles": num_particles, "num_filters": NUM_FILTERS}
+    dt = posterior.sample(fit, posterior.Missing(holes), rng_key=key_draws, features=features, **options)
     draws = dt["posterior"].dataset["x_0"]
     draws = draws.copy(data=np.where(whole, np.floor(draws), draws))
     dt["posterior"] = dt["posterior"].assign(x_0=draws)
     dt["observed_data"] = dt["observed_data"].assign(x_0=xr.DataArray(x[rows], dims=("datum", "feature")))
     dt = dt.map_over_datasets(lambda group: group.assign_coords(datum=rows) if "datum" in group.dims else group)
-    apart = np.linspace(0, num_particles, -(-num_draws // 8), endpoint=False).astype(int)  # neighbours may be equal
+    apart = np.linspace(0, num_particles, -(-num_draws // NUM_FILTERS), endpoint=False).astype(
+        int
+    )  # neighbours may be equal
     drawn = draws[:, apart].transpose("draw", "chain", "datum", "feature").to_numpy()
     filled = np.tile(x, (num_draws, 1, 1))
     filled[:, rows] = drawn.reshape(-1, *holes.shape)[:num_draws]

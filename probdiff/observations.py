@@ -90,6 +90,9 @@ class _log_g:
 
     def __init__(self, function: Callable[..., Any], takes_data: bool, loc: Any, scale: Any) -> None:
         self.function, self.takes_data, self.loc, self.scale = function, takes_data, loc, scale
+        # of methods, which are made anew each time that they are named, by what they are made of
+        parts = getattr(function, "__func__", function), getattr(function, "__self__", None)
+        self._identity = (*map(id, parts), takes_data)
 
     def stated(self, z: Float[Any, " D"], datum: Any) -> Any:
         x_0 = self.loc + self.scale * z.reshape(self.loc.shape)
@@ -100,12 +103,12 @@ class _log_g:
         return jnp.where(jnp.isnan(log_g), -jnp.inf, log_g)
 
     def __hash__(self) -> int:
-        return hash((id(self.function), self.takes_data))
+        return hash(self._identity)
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, _log_g)
-            and (self.function is other.function and self.takes_data == other.takes_data)
+            and self._identity == other._identity
             and np.array_equal(self.loc, other.loc)
             and np.array_equal(self.scale, other.scale)
         )

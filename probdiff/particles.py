@@ -248,7 +248,8 @@ def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
 
     Below `k_threshold` an importance-weighted estimate from these draws can be trusted (Vehtari et al. 2024).
     """
-    spread = log_weight.max("draw") - log_weight.min("draw")
+    positive = log_weight.where(log_weight != -np.inf)
+    spread = positive.max("draw") - positive.min("draw")
     equal = spread < 1e-6  # equal weights have no tail to fit
     wiggle = xr.DataArray(np.linspace(0, 1e-3, log_weight.sizes["draw"]), dims="draw")
     log_weight = xr.apply_ufunc(_without_ties, log_weight, input_core_dims=[["draw"]], output_core_dims=[["draw"]])
@@ -263,8 +264,10 @@ def _without_ties(log_w: Float[np.ndarray, "*batch S"]) -> Float[np.ndarray, "*b
     A tail of ties has no k̂; spread out it has that of the weights' distribution function, made continuous.
     """
     rows = np.array(log_w).reshape(-1, log_w.shape[-1])
-    for row in rows:
-        if not np.isfinite(row).all():
+    for whole in rows:
+        positive = whole != -np.inf
+        row = whole[positive]
+        if not row.size or not np.isfinite(row).all():
             continue
         order = np.argsort(row, kind="stable")
         new = np.append(True, np.diff(row[order]) > _TIE)
@@ -278,6 +281,7 @@ def _without_ties(log_w: Float[np.ndarray, "*batch S"]) -> Float[np.ndarray, "*b
         count = np.bincount(group)
         place = (np.arange(len(row)) - (np.cumsum(count) - count)[group] + 0.5) / count[group]
         row[order] = lower[group] + place * (upper - lower)[group]
+        whole[positive] = row
     return rows.reshape(log_w.shape)
 
 

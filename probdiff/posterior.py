@@ -56,6 +56,7 @@ def sample(
     | evidence | pareto_k | datum | k̂ of the weights where effective particles were fewest |
     | observed_data | x_0 | datum, feature | of `Missing`, the entries that are known |
 
+    Draws that stand side by side in a filter may be equal: few are best taken far apart, or from different filters.
     The logarithm of an unbiased estimate is low in the mean, by half the square of `mcse` to first order. Warns where
     the weights have collapsed, with ESS and k̂. Raises `ValueError` or `TypeError` for arguments that do not fit, a
     likelihood that is no number or NaN at draws from the prior, and one that is zero at every particle.

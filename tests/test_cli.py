@@ -91,6 +91,25 @@ def test_impute_fills_the_empty_cells_alone(probdiff, own):
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_impute_takes_for_integers_what_the_fit_took_for_them(probdiff):
+    """By the dtype of the column in the training table, and not by the values in either."""
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"count": rng.poisson(30, 200), "tens": np.round(rng.normal(size=200) * 10)})
+    table.to_csv("mixed.csv", index=False)
+    code, _, complaint = probdiff("fit", "mixed.csv", *QUICK, "--dequantise", "--num-chains", 1)
+    assert not code, complaint
+    holes = table.head(4).astype(float)
+    holes.loc[0, "count"] = holes.loc[1, "tens"] = np.nan
+    holes.to_csv("holes.csv", index=False)
+    code, _, complaint = probdiff("impute", "runs/mixed", "holes.csv", "--num-particles", 100)
+    assert not code, complaint
+    filled = pd.read_csv("runs/mixed/holes-imputed.csv").set_index("row")
+    assert (filled["count"] == np.floor(filled["count"])).all()
+    assert (filled.loc[1, "tens"] != np.floor(filled.loc[1, "tens"])).all()
+    assert (filled.loc[0, "tens"] == table.loc[0, "tens"]).all()
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
 def test_fit_on_a_table_leaves_the_run_folder(own):
     assert {file.stem for file in own.glob("*.png")} == FIGURES
     assert all(file.stat().st_size > 5000 for file in own.glob("*.png"))

@@ -488,5 +488,9 @@ def test_weights_that_take_few_values_have_a_k():
     k = [pareto_k(xr.DataArray(w, dims=("draw", "datum"))).to_numpy() for w in (few, heavy, smooth)]
     assert np.all(k[0] < 0)
     assert np.all(k[1] > 0.5)
+    with_zeros = few.copy()
+    with_zeros[::7] = -np.inf
+    for w in (np.where(with_zeros == -np.inf, with_zeros, 0.0), with_zeros):  # zeros make no tail longer
+        assert np.all(pareto_k(xr.DataArray(w, dims=("draw", "datum"))) < 0)
     expected = (-xr.DataArray(smooth, dims=("draw", "datum"))).azstats.psislw(dim=["draw"])[1]
     np.testing.assert_array_equal(k[2], expected)

@@ -228,7 +228,8 @@ def chain(train):
         draws = dt["posterior"].dataset["x_0"].to_numpy()  # chain, draw, datum, feature
         whole = posterior.log_evidence(fit, posterior.Missing(test), rng_key=keys[1], num_particles=500)
         joint = whole.values - dt["evidence"].dataset["log_evidence"].to_numpy()
-        few = draws[:, :: 500 // -(-NUM_DRAWS // 8)].swapaxes(0, 1).reshape(-1, *test.shape)[:NUM_DRAWS]
+        apart = draws.shape[1] // -(-NUM_DRAWS // len(draws))  # neighbours may be equal
+        few = draws[:, ::apart].swapaxes(0, 1).reshape(-1, *test.shape)[:NUM_DRAWS]
         return Imputed(few, joint, point=draws.mean((0, 1)))
 
     return impute

@@ -28,7 +28,7 @@ from probdiff import GaussianDiffusion, datasets, fit, networks, posterior, sche
 from probdiff.files import atomic_write
 from probdiff.results import Fit
 from tests.benchmarks.guidance import exact_fit, mode_error
-from tests.benchmarks.guidance_problems import path
+from tests.benchmarks.guidance_problems import problems
 
 FOLDER = Path("runs/posteriors")
 CELLS = Path(__file__).with_suffix(".json")
@@ -170,8 +170,7 @@ def mixture():
     """The 64-dimensional mixture of `guidance_problems`: largest error of a mode's weight, and of log p(y)."""
     row = {}
     for M in (1, 4, 32):
-        with np.load(path("wide", M)) as held:
-            p = dict(held)
+        p = problems(M, "wide")
         fitted = exact_fit(p["weights"], p["means"], p["variances"])
         errors, off, seconds = [], [], []
         for n in range(len(p["y"])):
@@ -235,11 +234,11 @@ def calibration(num_data=200, noise=0.3):
 
 
 if __name__ == "__main__":
-    cells = json.loads(CELLS.read_text()) if CELLS.exists() else {}
     runs = {name: partial(seen, name) for name in DENSITIES} | {"mixture": mixture, "calibration": calibration}
     for name in sys.argv[1:] or runs:
-        cells[name] = runs[name]()
+        cell = runs[name]()
+        cells = (json.loads(CELLS.read_text()) if CELLS.exists() else {}) | {name: cell}
         with atomic_write(CELLS) as file:
             file.write_text(json.dumps(cells, indent=1))
         print(name)
-        print("\n".join(f"  {what}: {value:.4g}" for what, value in cells[name].items()), flush=True)
+        print("\n".join(f"  {what}: {value:.4g}" for what, value in cell.items()), flush=True)
