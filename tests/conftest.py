@@ -20,6 +20,13 @@ from probdiff import GaussianDiffusion, networks, schedules
 UNEVEN_BETA = np.array([0.03, 0.11, 0.07, 0.3, 0.24])  # not symmetric in t
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    """Frees a file's programs after it: each maps memory, and Linux ends a process with 65,530 mappings."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):
