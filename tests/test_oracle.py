@@ -1,5 +1,3 @@
-from itertools import cycle, islice
-
 import jax
 import numpy as np
 import pytest
@@ -118,7 +116,7 @@ def test_the_optimum_is_one(name, T):
     rng = np.random.default_rng(0)
     for size in np.repeat([0.01, 0.1, 1.0], 20):
         assert oracle.best_elbo(mixture, 1 / (1 + np.exp(-logit - size * rng.normal(size=T)))) < best
-    assert oracle.best_schedule(mixture, T, num_starts=16)[1] == pytest.approx(best, abs=1e-6)
+    assert oracle.best_schedule(mixture, T, num_starts=8)[1] == pytest.approx(best, abs=1e-6)
 
 
 def test_the_best_elbo_grows_with_T_towards_the_log_likelihood():
@@ -132,8 +130,8 @@ def test_the_best_elbo_grows_with_T_towards_the_log_likelihood():
     assert 0 < gaps[-1] < gaps[-2] / 1.7
 
 
-# every mixture, T and start; all combinations are in the benchmark
-CASES = list(islice(zip(cycle(MIXTURES), cycle([2, 4, 8, 16]), cycle(STARTS), strict=False), 6))
+# every mixture, from three of five starts; all combinations are in the benchmark
+CASES = [("two", 4, "cosine"), ("three", 8, "default"), ("narrow beside wide", 16, "harmonic")]
 
 
 @pytest.mark.usefixtures("optimised_steps")
