@@ -336,6 +336,8 @@ def check_data(
 
     Raises `ValueError` or `TypeError` that says what is wrong, with the rows and the columns where it is.
     """
+    if np.ma.is_masked(x):
+        raise ValueError(f"{name} is masked in places; complete rows are wanted")
     array = np.asarray(x)
     if array.shape[1:] != event_shape or array.ndim != len(event_shape) + 1:
         raise ValueError(
@@ -360,7 +362,7 @@ def check_data(
 
 def check_bits(x: ArrayLike, event_shape: tuple[int, ...], name: str, minimum: int = 1) -> np.ndarray:
     """x as bytes (N, *event_shape) that are 0 or 1, of any dtype, at least `minimum` rows; raises as `check_data`."""
-    array = np.asarray(x)
+    array = np.asanyarray(x)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} has dtype {array.dtype}; bits are wanted, 0 or 1")
     array = check_data(array.astype(np.float64), event_shape, name, minimum)

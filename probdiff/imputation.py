@@ -9,6 +9,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 
 from probdiff import posterior
+from probdiff.datasets import some
 from probdiff.results import Fit
 from probdiff.types import Key
 
@@ -29,25 +30,28 @@ def impute(
 
     The tree has the rows that have empty cells, NaN, in the coordinate `datum`; others are not drawn. Features that are
     `whole` are integers, and were dequantised for the fit: u, uniform on [0, 1), is added to what is known of them, and
-    draws are rounded down. Raises `ValueError` where no cell is empty or a feature is called "row" or "draw".
+    draws are rounded down. Raises `ValueError` where no cell is empty, one is infinite, or a feature is called "row"
+    or "draw".
     """
     if taken := {"row", "draw"} & set(features):
         raise ValueError(f"a feature is called {taken.pop()!r}, as a column of the filled table is; rename it")
     rows = np.flatnonzero(np.isnan(x).any(1))
     if not rows.size:
         raise ValueError("the table has no empty cell")
+    if np.isinf(x).any():
+        raise ValueError(f"the table has infinite entries, in row(s) {some(np.flatnonzero(np.isinf(x).any(1)))}")
     key_whole, key_draws = jax.random.split(rng_key)
     holes = x[rows] + whole * np.asarray(jax.random.uniform(key_whole, x[rows].shape))
     options = {"num_particles": num_particles, "num_filters": NUM_FILTERS}
-    dt = posterior.sample(fit, posterior.Missing(holes), rng_key=key_draws, features=features, **options)
+    dt = posterior.sample(
+        fit, posterior.Missing(holes), rng_key=key_draws, features=features, datum=rows.tolist(), **options
+    )  # fmt: skip
     draws = dt["posterior"].dataset["x_0"]
     draws = draws.copy(data=np.where(whole, np.floor(draws), draws))
     dt["posterior"] = dt["posterior"].assign(x_0=draws)
-    dt["observed_data"] = dt["observed_data"].assign(x_0=xr.DataArray(x[rows], dims=("datum", "feature")))
-    dt = dt.map_over_datasets(lambda group: group.assign_coords(datum=rows) if "datum" in group.dims else group)
-    apart = np.linspace(0, num_particles, -(-num_draws // NUM_FILTERS), endpoint=False).astype(
-        int
-    )  # neighbours may be equal
+    dt["observed_data"] = dt["observed_data"].assign(x_0=xr.Variable(("datum", "feature"), x[rows]))
+    # neighbours may be equal
+    apart = np.linspace(0, num_particles, -(-num_draws // NUM_FILTERS), endpoint=False).astype(int)
     drawn = draws[:, apart].transpose("draw", "chain", "datum", "feature").to_numpy()
     filled = np.tile(x, (num_draws, 1, 1))
     filled[:, rows] = drawn.reshape(-1, *holes.shape)[:num_draws]

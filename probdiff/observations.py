@@ -1,5 +1,6 @@
 """Likelihoods of x_0 that a user states, in the data's own units, and what the filters are given for them."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jaxtyping import ArrayLike, Float
 
 from probdiff import guidance
+from probdiff.datasets import some
 from probdiff.results import Fit
 from probdiff.types import Key
 
@@ -29,7 +32,7 @@ class LinearGaussian:
 
 @dataclass(frozen=True, eq=False)
 class Missing:
-    """Rows of data x (N, *event_shape) in which some entries are NaN: the others are known exactly.
+    """Rows of data x (N, *event_shape) in which some entries are NaN, or masked: the others are known exactly.
 
     The pattern may differ from row to row. The draws of a row without any known entry are the prior's.
     """
@@ -71,7 +74,7 @@ def prepare(
         arrays = _sufficient(y - A @ loc, A * scale, noise)
         return guidance.Linear(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays)), None
     function = likelihood.log_likelihood if isinstance(likelihood, BlackBox) else likelihood
-    if not callable(function):
+    if not callable(function) or isinstance(function, dist.Distribution):
         raise TypeError(
             f"likelihood is {likelihood!r}; it must be LinearGaussian, Missing, BlackBox or a function of x_0"
         )
@@ -114,46 +117,89 @@ class _log_g:
         )
 
 
-def _check_function(log_g: _log_g, datum: Any, fit: Fit, rng_key: Key, smooth: bool) -> None:
-    """That it gives a number, and no NaN, at eight draws from the prior."""
-    z = jnp.asarray((fit.sample(rng_key, 8) - fit.loc) / fit.scale, jnp.result_type(float)).reshape(8, -1)
-    first = jax.tree.map(lambda leaf: leaf[0], datum)
+def _check_function(log_g: _log_g, data: Any, fit: Fit, rng_key: Key, smooth: bool) -> None:
+    """That it takes x_0 and gives a number, not NaN or +∞, at eight draws from the prior for each datum."""
+    draws = fit.sample(rng_key, 8)
+    z = jnp.asarray((draws - fit.loc) / fit.scale, jnp.result_type(float)).reshape(8, -1)
+    first = jax.tree.map(lambda leaf: leaf[0], data)
+    _check_call(log_g.function, (draws[0], *[jax.tree.map(np.asarray, first["y"])] * log_g.takes_data))
     try:
-        shape = getattr(jax.eval_shape(log_g.stated, z[0], first), "shape", None)
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        result = jax.eval_shape(log_g.stated, z[0], first)
+        at_draws = jax.vmap(log_g.stated, (0, None))
+        if not isinstance(result, jax.ShapeDtypeStruct) or result.shape:
+            given = f"shape {result.shape}" if isinstance(result, jax.ShapeDtypeStruct) else "no array"
+            raise ValueError(f"likelihood gives {given}; it must give a number")
+        values = np.asarray(jax.vmap(at_draws, (None, 0))(z, data))
+    except (
+        jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError, NotImplementedError
+    ) as error:  # fmt: skip
         raise TypeError(
             "likelihood cannot be traced by JAX; call what is not written in JAX through "
             'BlackBox and jax.pure_callback(…, vmap_method="sequential")'
         ) from error
-    if shape != ():
-        raise ValueError(f"likelihood gives {'no array' if shape is None else f'shape {shape}'}; it must give a number")
-    values = np.asarray(jax.vmap(lambda x: log_g.stated(x, first))(z))
-    if np.isnan(values).any():
-        raise ValueError(f"likelihood is NaN at {np.isnan(values).sum()} of 8 draws from the prior")
+    for kind, wrong in (("NaN", np.isnan(values)), ("infinite", values == np.inf)):
+        if wrong.any():
+            rows = np.flatnonzero(wrong.any(1))
+            where = f", for row(s) {some(rows)} of data" if log_g.takes_data else ""
+            raise ValueError(
+                f"likelihood is {kind} at {wrong[rows[0]].sum()} of 8 draws from the prior{where}; "
+                "its logarithm is wanted, −∞ where it is zero"
+            )
     if smooth:
-        slopes = np.asarray(jax.vmap(jax.grad(lambda x: log_g(x, first)))(z))[np.isfinite(values)]
-        if np.isnan(slopes).any():
+        try:
+            jax.eval_shape(jax.hessian(log_g), z[0], first)
+            slopes = np.asarray(jax.vmap(jax.grad(log_g), (0, None))(z, first))
+        except Exception as error:
+            why = str(error).splitlines()[0]
+            raise TypeError(
+                f"likelihood cannot be differentiated twice by JAX ({why}); give it as BlackBox(likelihood)"
+            ) from error
+        if np.isnan(slopes[np.isfinite(values[0])]).any():
             raise ValueError(
                 "likelihood has a gradient of NaN at draws from the prior; give it as BlackBox(likelihood)"
             )
 
 
+def _check_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """That it takes as many arguments, and no index that is out of bounds, which JAX would take for the last."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        called = "f(x_0, datum), as there are data" if len(arguments) > 1 else "f(x_0), as there are no data"
+        raise TypeError(f"likelihood is called as {called}: {error}") from error
+    except ValueError:
+        pass  # of some callables the arguments are not known
+    try:
+        with np.errstate(all="ignore"):
+            function(*arguments)
+    except IndexError as error:
+        raise ValueError(f"likelihood takes an entry that is not there: {error}") from error
+    except Exception:
+        pass  # it is not for NumPy's arrays
+
+
 def _known(fit: Fit, x: ArrayLike) -> np.ndarray:
-    """The table (N, D) with NaN where an entry is missing, checked."""
-    array = np.asarray(x)
+    """The table (N, D) with NaN where an entry is missing, or masked, checked."""
+    masked = isinstance(x, np.ma.MaskedArray) and x.dtype.kind == "f"
+    array = np.ma.filled(x, np.nan) if masked else np.asarray(x)
     if array.dtype.kind != "f":
         raise TypeError(f"x has dtype {array.dtype}; missing entries are NaN, in floating-point data")
-    missing = np.isnan(array)
-    fit.diffusion.family.checked(np.where(missing, 0.0, array), "x")
-    return array.reshape(len(array), -1).astype(np.float64)
+    fit.diffusion.family.checked(np.where(np.isfinite(array), array, 0.0), "x")
+    flat = array.reshape(len(array), -1).astype(np.float64)
+    if np.isinf(flat).any():
+        raise ValueError(f"x has infinite entries, in row(s) {some(np.flatnonzero(np.isinf(flat).any(1)))}")
+    return flat
 
 
 def _linear(likelihood: LinearGaussian, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """y (N, M), A (N, M, D) and a factor of the noise's covariance (N, M, M), checked."""
-    y, A, noise = (np.asarray(a, np.float64) for a in (likelihood.y, likelihood.A, likelihood.noise))
-    for name, array in (("y", y), ("A", A), ("noise", noise)):
+    arrays = {name: np.asarray(getattr(likelihood, name)) for name in ("y", "A", "noise")}
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"{name} has dtype {array.dtype}; it must be of real numbers")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} has entries that are NaN or infinite")
+    y, A, noise = (array.astype(np.float64) for array in arrays.values())
     y = y[None] if y.ndim == 1 else y
     if y.ndim != 2 or not y.size:
         raise ValueError(f"y has shape {np.shape(likelihood.y)}; it must be (M,) or (N, M)")

@@ -23,6 +23,7 @@ from probdiff.types import Data, Event, Key, Params, Time
 _ROWS = 256  # triangular solves over more rows at once are many times slower on a CPU
 _FULL = 16  # features up to which a twist has all products of two features
 _POINTS = 8  # for each coefficient of a twist
+_EQUAL = 1e-4  # spread of the largest log weights, of which none then stands out
 _TIE = 1e-5  # log weights no further apart are of the same path but for rounding
 _LEAST_SIZE = 0.5  # effective particles over particles below which they are resampled
 
@@ -248,10 +249,14 @@ def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
 
     Below `k_threshold` an importance-weighted estimate from these draws can be trusted (Vehtari et al. 2024).
     """
-    positive = log_weight.where(log_weight != -np.inf)
-    spread = positive.max("draw") - positive.min("draw")
-    equal = spread < 1e-6  # equal weights have no tail to fit
-    wiggle = xr.DataArray(np.linspace(0, 1e-3, log_weight.sizes["draw"]), dims="draw")
+    S = log_weight.sizes["draw"]
+    tail = int(3 * S**0.5) if S > 225 else S // 5  # as ArviZ has it
+    largest = xr.apply_ufunc(np.sort, log_weight, input_core_dims=[["draw"]], output_core_dims=[["draw"]])
+    largest = largest.isel(draw=slice(-tail, None))
+    positive = largest.where(largest != -np.inf)
+    spread = (positive.max("draw") - positive.min("draw")).where(largest.notnull().all("draw"))
+    equal = spread < _EQUAL  # equal weights have no tail to fit
+    wiggle = xr.DataArray(np.linspace(0, 1e-3, S), dims="draw")
     log_weight = xr.apply_ufunc(_without_ties, log_weight, input_core_dims=[["draw"]], output_core_dims=[["draw"]])
     with np.errstate(over="ignore", invalid="ignore"):
         _, k = (-log_weight.where(~equal, wiggle)).azstats.psislw(dim=["draw"])

@@ -35,6 +35,7 @@ def sample(
     num_particles: int = 1000,
     num_filters: int = 8,
     features: Sequence[str] | None = None,
+    datum: Sequence[Any] | None = None,
 ) -> xr.DataTree:
     """Draws from p(x_0 given y) ∝ p(x_0)·p(y given x_0), p(x_0) the fitted reverse chain, N12.
 
@@ -42,6 +43,7 @@ def sample(
     the data's own units that JAX can differentiate twice. A function or `BlackBox` is called as f(x_0), or where there
     are `data`, a tree of arrays with a leading axis of N, as f(x_0, datum). It is compiled once and must depend on its
     arguments alone: what changes from call to call is given as `data`. Where it is NaN the likelihood counts as zero.
+    `features` and `datum` are names, for coordinates and messages; both are numbered from 0 without them.
 
     Each of `num_filters` filters carries `num_particles` particles down the chain, guided by the observation and
     weighted so that they are exact as their number grows; p(y) is estimated without bias by any number. The tree has
@@ -64,13 +66,14 @@ def sample(
     """
     d, size = fit.diffusion, fit.loc.size
     names = [str(i) for i in range(size)] if features is None else list(features)
-    if len(names) != size:
-        raise ValueError(f"features has {len(names)} names; the data have {size} features")
-    result, evidence, observed = _run(fit, likelihood, data, rng_key, num_particles, num_filters)
+    if len(names) != size or len(set(names)) < size or isinstance(features, str):
+        raise ValueError(f"features is {features!r}; the data have {size} features, whose names must differ")
+    result, evidence, observed = _run(fit, likelihood, data, rng_key, num_particles, num_filters, datum)
     draws = np.asarray(fit.loc.ravel() + fit.scale.ravel() * result.x_0)  # N, M, S, D
     if observed is not None:
         draws = np.where(np.isnan(observed)[:, None, None], draws, observed[:, None, None])
     coords = {"feature": names, "t": [*range(d.num_timesteps, 1, -1), 0]}
+    coords |= {} if datum is None else {"datum": list(datum)}
     groups = {
         "posterior": az.dict_to_dataset(
             {"x_0": np.moveaxis(draws, 0, 2)}, dims={"x_0": ["datum", "feature"]}, coords=coords
@@ -159,14 +162,21 @@ def log_conditional(
 
 
 def _features(features: Sequence[int], name: str, size: int) -> list[int]:
-    wrong = [f for f in features if isinstance(f, bool) or not isinstance(f, int | np.integer) or not 0 <= f < size]
-    if wrong or len(set(features)) < len(features):
-        raise ValueError(f"{name} is {list(features)}; it must be different integers from 0 to {size - 1}")
-    return [int(f) for f in features]
+    array = np.asarray(features)
+    wrong = array.ndim != 1 or (array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= size))
+    if wrong or len(np.unique(array)) < len(array):
+        raise ValueError(f"{name} is {features}; it must be a list of different integers from 0 to {size - 1}")
+    return [int(f) for f in array]
 
 
 def _run(
-    fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key, num_particles: int, num_filters: int
+    fit: Fit,
+    likelihood: Likelihood,
+    data: Any,
+    rng_key: Key,
+    num_particles: int,
+    num_filters: int,
+    datum: Sequence[Any] | None = None,
 ) -> tuple[Filtered, LogLikelihood, np.ndarray | None]:
     """The filters of each datum, as NumPy arrays, their evidence, and the known entries (N, D) of `Missing`."""
     key_check, key_spread, key_filters = jax.random.split(check_key(rng_key), 3)
@@ -179,6 +189,9 @@ def _run(
         raise TypeError(f"posteriors are of Gaussian diffusions; this fit is of {d.family}")
     observations, observed = prepare(fit, likelihood, data, key_check)
     N, D = len(jax.tree.leaves(observations)[0]), fit.loc.size
+    names = np.arange(N) if datum is None else np.asarray(datum)
+    if names.shape != (N,):
+        raise ValueError(f"datum has shape {names.shape}; there are {N} data to name")
     factors = None if d.covariance == "full" else spread(d, fit.params, key_spread)
     blocks = -(-N * num_filters * num_particles * D**2 // _MOST_NUMBERS)
     rows = -(-N // blocks)
@@ -190,17 +203,17 @@ def _run(
         result = filters(d, fit.params, factors, block, keys, num_particles)
         results.append(jax.tree.map(lambda leaf: np.asarray(leaf)[: N - i], result))  # noqa: B023
     result = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
-    evidence = _evidence(result)
-    _warn_of_collapse(result, evidence)
+    evidence = _evidence(result, names)
+    _warn_of_collapse(result, evidence, names)
     return result, evidence, observed
 
 
-def _evidence(result: Filtered) -> LogLikelihood:
+def _evidence(result: Filtered, names: np.ndarray) -> LogLikelihood:
     """log p(y), with the k̂ of the weights; raises where no particle has any."""
     dead = np.flatnonzero(~np.isfinite(result.log_evidence).any(1))
     if dead.size:
         raise ValueError(
-            f"the likelihood is zero or NaN at every particle of row(s) {some(dead)}: "
+            f"the likelihood is zero, infinite or NaN at every particle of row(s) {some(names[dead])}: "
             "the observation cannot be, under this prior, or num_particles is too small"
         )
     values, mcse = log_mean(np.asarray(result.log_evidence.T, np.float64))
@@ -211,7 +224,7 @@ def _evidence(result: Filtered) -> LogLikelihood:
     return LogLikelihood(values, mcse, "estimate", k)
 
 
-def _warn_of_collapse(result: Filtered, evidence: LogLikelihood) -> None:
+def _warn_of_collapse(result: Filtered, evidence: LogLikelihood, names: np.ndarray) -> None:
     S = result.log_weight.shape[-1]
     least = np.median(result.ess.min(-1), 1) * S
     k, limit = np.asarray(evidence.pareto_k), k_threshold(min(_K_DRAWS, result.log_weight[0].size))
@@ -222,10 +235,10 @@ def _warn_of_collapse(result: Filtered, evidence: LogLikelihood) -> None:
     if bad.size:
         worst = bad[np.argmin(least[bad])]
         warnings.warn(
-            f"the weights of {bad.size} of {len(least)} posteriors have collapsed, in row(s) {some(bad)}; worst in row "
-            f"{worst}: {least[worst]:.1f} effective particles of {S}, k̂ = {k[worst]:.2f} (safe to {limit:.2f}), "
-            f"log evidence ± {evidence.values_mcse[worst]:.2g}. Its draws are not to be relied on: the observation may "
-            "be nearly impossible under the prior; more particles may help",
+            f"the weights of {bad.size} of {len(least)} posteriors have collapsed, in row(s) {some(names[bad])}; worst "
+            f"in row {names[worst]}: {least[worst]:.1f} effective particles of {S}, k̂ = {k[worst]:.2f} (safe to "
+            f"{limit:.2f}), log evidence ± {evidence.values_mcse[worst]:.2g}. Its draws are not to be relied on: the "
+            "observation may be nearly impossible under the prior; more particles may help",
             stacklevel=4,
         )
 

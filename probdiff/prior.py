@@ -67,6 +67,8 @@ def _stacked(d: Chain, kernel: Kernel) -> Event:
     if not d.family.reparametrised:
         raise ValueError("stacked=True is for Gaussian chains; the noise of bits is discrete")
     T, axis = d.num_timesteps, -1 - len(d.event_shape)
+    if given := [t for t in range(1, T + 1) if is_given(f"x_{t}")]:
+        raise ValueError(f"stacked=True has no site x_{given[0]}, which a handler gives a value to; leave it out")
     base = dist.Normal(0.0, 1.0).expand((T, *d.event_shape)).to_event(-axis)
     noise = jnp.moveaxis(numpyro.sample("x_path_base", base), axis, 0)
 

@@ -201,6 +201,14 @@ def test_pareto_k_takes_ties_for_ties_only_and_weights_of_zero():
     np.testing.assert_array_equal(np.delete(spread, 7, 1), particles._without_ties(np.delete(zero, 7, 1)))
 
 
+@pytest.mark.parametrize("most", [-1.0, 0.0, 1.0, 1.5])
+def test_pareto_k_of_weights_with_a_largest_value_that_many_share(most):
+    """As of a likelihood that saturates; a share of 0.84, 0.5, 0.16 and 0.07 is at the largest value."""
+    log_w = np.minimum(np.random.default_rng(0).normal(size=(4000, 1)), most)
+    for one in (log_w, np.where(log_w < most, -1e4, log_w), np.where(log_w < most, -np.inf, log_w)):
+        assert diagnostics.pareto_k(xr.DataArray(one, dims=["draw", "datum"])).item() == -np.inf
+
+
 def test_pareto_k_of_weights_that_are_worlds_apart_is_infinite():
     log_weights = 1e4 * np.random.default_rng(0).normal(size=(1, 250, 20))
     k = diagnostics.pareto_k(xr.DataArray(log_weights, dims=["chain", "draw", "datum"])).to_numpy()

@@ -3,6 +3,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 import xarray as xr
 from numpyro import handlers
@@ -260,7 +261,7 @@ def test_what_cannot_be_is_told():
     assert 0 < dead.sum() < 16
     assert (dt["filters"].dataset["ess"][:, :, 0].min("t")[dead] == 0).all()
     never = BlackBox(lambda x: jnp.where(x[0] > 1e6, 0.0, -jnp.inf))
-    with pytest.raises(ValueError, match="zero or NaN at every particle of row"):
+    with pytest.raises(ValueError, match="zero, infinite or NaN at every particle of row"):
         posterior.sample(fit, never, rng_key=KEY, num_particles=100, num_filters=4)
 
 
@@ -271,10 +272,19 @@ def test_what_cannot_be_is_told():
         (lambda x: jnp.log(-(x[0] ** 2)), {}, ValueError, "likelihood is NaN at 8 of 8 draws"),
         (lambda x: jnp.sqrt(0 * x[0]), {}, ValueError, "gradient of NaN.*BlackBox"),
         (lambda x: stats.norm.logpdf(np.asarray(x)).sum(), {}, TypeError, "cannot be traced by JAX.*pure_callback"),
+        (lambda x: jax.lax.while_loop(lambda v: v < 1, lambda v: v + 1, x[0]), {}, TypeError, "twice.*BlackBox"),
+        (BlackBox(lambda x: jax.pure_callback(np.sum, x[0], x)), {}, TypeError, "cannot be traced.*vmap_method"),
+        (lambda x: dist.Normal(x[0], 1.0), {}, ValueError, "likelihood gives no array"),
+        (lambda x, y: x[0] - y, {}, TypeError, r"called as f\(x_0\), as there are no data: missing a required arg"),
+        (lambda x: -(x[0] ** 2), {"data": np.zeros(2)}, TypeError, r"as f\(x_0, datum\), as there are data: too many"),
+        (lambda x: -(x[2] ** 2), {}, ValueError, "an entry that is not there: index 2 is out of bounds"),
+        (lambda x: 1 / jnp.abs(0 * x[0]), {}, ValueError, "likelihood is infinite at 8 of 8 draws from the prior;"),
+        (lambda x, y: -((x[0] - y) ** 2), {"data": np.array([1.0, np.nan])}, ValueError, r"NaN.*row\(s\) 1 of data"),
+        (dist.Normal(0.0, 1.0), {}, TypeError, "likelihood is .*; it must be LinearGaussian"),
         (3, {}, TypeError, "likelihood is 3; it must be LinearGaussian"),
         (Missing(np.zeros((3, 3))), {}, ValueError, r"x has shape \(3, 3\)"),
         (Missing(np.zeros((3, 2), int)), {}, TypeError, "x has dtype int64"),
-        (Missing(np.full((1, 2), np.inf)), {}, ValueError, "x has 2 entries that are NaN or infinite"),
+        (Missing(np.array([[0.0, np.nan], [np.inf, 0.0]])), {}, ValueError, r"x has infinite entries, in row\(s\) 1"),
         (Missing(np.zeros((3, 2))), {"data": np.zeros(3)}, ValueError, "Missing has its own"),
         (LinearGaussian(np.zeros((3, 2)), A, 1.0), {}, ValueError, r"A has shape \(1, 2\); for y of shape \(3, 2\)"),
         (LinearGaussian(np.zeros(1), A, -1.0), {}, ValueError, "noise is -1.0"),
@@ -284,7 +294,11 @@ def test_what_cannot_be_is_told():
         (LinearGaussian(np.zeros(1), A, 1.0), {"num_filters": 1}, ValueError, "num_filters is 1"),
         (LinearGaussian(np.zeros(1), A, 1.0), {"num_particles": 2.5}, ValueError, "num_particles is 2.5"),
         (LinearGaussian(np.zeros(1), A, 1.0), {"rng_key": 3}, TypeError, "rng_key is 3"),
-        (LinearGaussian(np.zeros(1), A, 1.0), {"features": ["a"]}, ValueError, "features has 1 names"),
+        (LinearGaussian("a", A, 1.0), {}, TypeError, "y has dtype <U1; it must be of real numbers"),
+        (LinearGaussian(np.zeros(1), A * 1j, 1.0), {}, TypeError, "A has dtype complex128"),
+        (LinearGaussian(np.zeros(1), A, 1.0), {"features": ["a"]}, ValueError, r"features is \['a'\]; the data have 2"),
+        (LinearGaussian(np.zeros(1), A, 1.0), {"features": ["a", "a"]}, ValueError, "names must differ"),
+        (LinearGaussian(np.zeros(1), A, 1.0), {"datum": ["a", "b"]}, ValueError, r"datum has shape \(2,\); there"),
         (lambda x, y: 0.0, {"data": {"a": np.zeros(2), "b": np.zeros(3)}}, ValueError, "data has leaves"),
     ],
 )  # fmt: skip
@@ -305,8 +319,34 @@ def test_integers_of_a_table_are_filled_with_integers():
     np.testing.assert_array_equal(dt["observed_data"].dataset["x_0"], x[:2])
     counts = dt["posterior"].dataset["x_0"].sel(feature="count").to_numpy()
     assert (counts == np.floor(counts)).all()
+    far = np.array([[3.0, 4.0], [np.nan, 400.0]])
+    with pytest.warns(UserWarning, match=r"in row\(s\) 1; worst in row 1"):
+        impute(fit, far, ["size", "count"], np.array([False, False]), **options)
+    with pytest.raises(ValueError, match=r"the table has infinite entries, in row\(s\) 2"):
+        impute(fit, np.append(x[:2], [[1.0, np.inf]], 0), ["size", "count"], np.array([False, True]), **options)
     with pytest.raises(ValueError, match="a feature is called 'row'"):
         impute(fit, x, ["row", "count"], np.array([False, True]), **options)
+
+
+def test_masked_entries_are_missing():
+    fit = linear_fit("full")[0]
+    hidden = np.array([[False, True], [True, False]])
+    x = np.array([[3.0, 7.0], [9.0, -2.0]])
+    options = {"rng_key": KEY, "num_particles": 100, "num_filters": 2}
+    masked, holes = np.ma.masked_array(x, hidden), np.where(hidden, np.nan, x)
+    of_both = [posterior.log_evidence(fit, Missing(one), **options).values for one in (masked, holes)]
+    np.testing.assert_array_equal(*of_both)
+    with pytest.raises(ValueError, match="x is masked in places"):
+        fit.log_likelihood(masked, rng_key=KEY)
+
+
+def test_an_observation_that_says_nothing_leaves_the_prior():
+    fit = linear_fit("full")[0]
+    dt = posterior.sample(
+        fit, LinearGaussian(np.zeros(1), A, 1e10), rng_key=KEY, num_particles=500, num_filters=4
+    )  # fmt: skip
+    assert float(dt["evidence"].dataset["pareto_k"][0]) == -np.inf
+    assert (dt["filters"].dataset["ess"] > 0.99).all()
 
 
 def test_methods_are_compiled_once(x64):
@@ -325,7 +365,7 @@ def test_one_filter_without_particles_is_told():
     log_weight[0, 3], log_evidence[0, 3], ess[0, 3] = -np.inf, -np.inf, 0.0
     result = Filtered(np.zeros((1, 8, 100, 2)), log_evidence, ess, log_weight)
     with pytest.warns(UserWarning, match="1 of 1 posteriors have collapsed"):
-        posterior._warn_of_collapse(result, posterior._evidence(result))
+        posterior._warn_of_collapse(result, posterior._evidence(result, np.arange(1)), np.arange(1))
 
 
 class Sensor(eqx.Module):
@@ -365,7 +405,13 @@ def test_any_function_is_a_likelihood():
 
 @pytest.mark.parametrize(
     ("of", "given", "message"),
-    [([], [0], "of has no feature"), ([0], [0], "share the feature"), ([2], [0], r"of is \[2\]; it must be different")],
+    [
+        ([], [0], "of has no feature"),
+        ([0], [0], "share the feature"),
+        ([2], [0], r"of is \[2\]; it must be a list of different"),
+        (1, [0], "of is 1; it must be a list"),
+        ([1], [0.0], r"given is \[0.0\]; it must be a list of different integers from 0 to 1"),
+    ],
 )
 def test_bad_features_are_refused(of, given, message):
     with pytest.raises(ValueError, match=message):

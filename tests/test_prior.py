@@ -144,6 +144,17 @@ def test_subsampled_plates_draw_as_many_as_they_hold():
     assert handlers.seed(model, 0)().shape == (3, 2)
 
 
+def test_a_value_for_a_site_that_the_stacked_form_has_not_is_refused():
+    _, _, prior = chain_and_prior()
+    given = handlers.scope(prior, prefix="b")
+    for handler in (handlers.condition(given, {"b/x_3": jnp.zeros(2)}), handlers.do(given, {"b/x_5": jnp.zeros(2)})):
+        with pytest.raises(ValueError, match=r"stacked=True has no site x_[35]"):
+            trace_of(handler, stacked=True)
+        assert trace_of(handler)["b/x_0"]["value"].shape == (2,)
+    trace = trace_of(handlers.condition(given, {"b/x_0": jnp.zeros(2)}), stacked=True)
+    np.testing.assert_array_equal(trace["b/x_0"]["value"], 0.0)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_nuts_finds_the_posterior_of_a_linear_chain(stacked):
     """y = x_0 + noise, in closed form; means and standard deviations within their Monte Carlo error."""
