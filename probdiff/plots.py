@@ -134,13 +134,12 @@ def schedule(dt: xr.DataTree, initial_beta: Float[np.ndarray, " T"] | None = Non
     t = dt["fit"].dataset["t"].to_numpy()
     marker = "." if len(t) <= 60 else ""
     for c in range(dt["fit"].dataset.sizes["chain"]):
-        label = "after learning" if c == 0 else None
-        left.plot(t, dt["fit"].dataset["beta"][c], marker=marker, color=_REVERSE, alpha=0.7, label=label)
-        right.plot(t, dt["fit"].dataset["log_snr"][c], marker=marker, color=_REVERSE, alpha=0.7, label=label)
+        for axes, name in ((left, "beta"), (right, "log_snr")):
+            axes.plot(t, dt["fit"].dataset[name][c], marker=marker, color=f"C{c}", alpha=0.8, label=f"chain {c}")
     if initial_beta is not None:
         log_alpha_bar = np.cumsum(np.log1p(-np.minimum(initial_beta, 1 - 1e-7)))
-        left.plot(t, initial_beta, color="gray", ls="--", label="before")
-        right.plot(t, log_alpha_bar - np.log(-np.expm1(log_alpha_bar)), color="gray", ls="--", label="before")
+        left.plot(t, initial_beta, color="gray", ls="--", label="before learning")
+        right.plot(t, log_alpha_bar - np.log(-np.expm1(log_alpha_bar)), color="gray", ls="--", label="before learning")
     left.set(xlabel="t", ylabel="β_t", yscale="log")
     right.set(xlabel="t", ylabel="log-SNR of x⁽ᵗ⁾ (nats)")
     left.legend()

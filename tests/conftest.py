@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from probdiff import GaussianDiffusion, networks, schedules
+from probdiff import Fit, GaussianDiffusion, networks, schedules
 
 UNEVEN_BETA = np.array([0.03, 0.11, 0.07, 0.3, 0.24])  # not symmetric in t
 
@@ -71,6 +71,13 @@ def random_params(d, seed=0):
     network = params["network$params"]
     params["network$params"] = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.asarray(rng.normal(size=leaf.shape)), network)
     return params
+
+
+def fit_of(d, params, loc=0.0, scale=1.0):
+    """A fit of one chain with these params, as they are."""
+    stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], params)
+    loc, scale = (np.broadcast_to(a, d.event_shape).astype(float) for a in (loc, scale))
+    return Fit(d, stacked, np.zeros((1, 1)), np.zeros((1, 0)), loc, scale)
 
 
 def path_gaussian(d, params):

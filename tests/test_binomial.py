@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import fit_of
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
@@ -152,7 +153,7 @@ def draws_of(d, params, x_0, model, guide, elbo, num_draws):
 
     flat, unravel = ravel_pytree(params)
     values, gradients = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0)))(flat, jax.random.split(KEY, num_draws))
-    exact, gradient = jax.value_and_grad(lambda flat: elbo_by_enumeration(d, unravel(flat), x_0))(flat)
+    exact, gradient = jax.jit(jax.value_and_grad(lambda flat: elbo_by_enumeration(d, unravel(flat), x_0)))(flat)
     named = ravel_pytree(
         {name: jax.tree.map(lambda leaf, n=name: jnp.full(leaf.shape, n == "beta"), v) for name, v in params.items()}
     )[0]
@@ -190,8 +191,7 @@ def test_numpyros_graph_elbo_has_the_same_gradient():
 
 def test_bounds_and_estimates_against_enumeration():
     d, params = small(2, D=4, T=5)
-    nothing = np.zeros((1, 0))
-    fit = probdiff.Fit(d, jax.tree.map(lambda leaf: leaf[None], params), nothing, nothing, np.zeros(4), np.ones(4))
+    fit = fit_of(d, params)
     x = all_bits(4)
     exact = fit.log_likelihood(x, method="exact").values
     np.testing.assert_allclose(np.exp(exact).sum(), 1, rtol=1e-9)
@@ -214,8 +214,7 @@ def test_bounds_and_estimates_against_enumeration():
 
 def test_draws_have_the_frequencies_of_enumeration():
     d, params = small(2, D=3, T=4)
-    nothing = np.zeros((1, 0))
-    fit = probdiff.Fit(d, jax.tree.map(lambda leaf: leaf[None], params), nothing, nothing, np.zeros(3), np.ones(3))
+    fit = fit_of(d, params)
     p = np.exp(fit.log_likelihood(all_bits(3), method="exact").values)
     counts = np.bincount(fit.sample(KEY, 20_000) @ np.array([4, 2, 1]), minlength=8)
     assert stats.chisquare(counts, 20_000 * p / p.sum()).pvalue > 1e-4
@@ -241,7 +240,7 @@ def test_a_fit_learns_the_distribution_and_is_saved(tmp_path):
 
 
 def test_bad_input_is_refused_by_name():
-    d, _ = small()
+    d, params = small()
     x = np.array([[0, 1], [1, 1], [0, 0]])
     with pytest.raises(ValueError, match=r"x has entries 2.0 in row\(s\) 1"):
         probdiff.fit(d, [[0, 1], [2, 1], [0, 0]], rng_key=KEY)
@@ -257,7 +256,7 @@ def test_bad_input_is_refused_by_name():
     for components in (0, 1.5, True):
         with pytest.raises(ValueError, match="components is"):
             probdiff.BinomialDiffusion((2,), schedules.harmonic(3), networks.ResidualMLP(), components=components)
-    fit = probdiff.fit(d, x, rng_key=KEY, num_steps=2, progress_bar=False)
+    fit = fit_of(d, params)
     with pytest.raises(ValueError, match="x_0 has entries that are not 0 or 1"):
         handlers.seed(d.forward, KEY)(x + 0.5)
     with pytest.raises(ValueError, match=r"x at t = 2 has entries 3.0 in row\(s\) 1"):
@@ -267,7 +266,7 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match=r"x has entries 2.0 in row\(s\) 1"):
         derivation.check(d.reverse, d.forward, [[0, 1], [2, 1], [0, 0]], rng_key=KEY)
     wide = probdiff.BinomialDiffusion((13,), schedules.harmonic(3), networks.ResidualMLP(8, 1))
-    wide_fit = probdiff.fit(wide, np.eye(13), rng_key=KEY, num_steps=2, progress_bar=False)
+    wide_fit = fit_of(wide, wide.initial_params(KEY))
     with pytest.raises(ValueError, match="at most 12 bits, not 13"):
         wide_fit.log_likelihood(np.eye(13), method="exact")
 

@@ -5,7 +5,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from conftest import linear_diffusion, mlp_diffusion, path_gaussian, random_params
+from conftest import fit_of, linear_diffusion, mlp_diffusion, path_gaussian, random_params
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
@@ -201,12 +201,6 @@ def test_auto_guides_fit_the_posterior_and_leave_the_prior_alone(guide):
     result = svi.run(jax.random.key(0), 300, progress_bar=False)
     assert all("auto_" in name for name in result.params)
     assert result.losses[-50:].mean() < result.losses[:10].mean()
-
-
-def fit_of(d, params, loc=0.0, scale=1.0):
-    stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], params)
-    loc, scale = (np.broadcast_to(a, d.event_shape).astype(float) for a in (loc, scale))
-    return Fit(d, stacked, np.zeros((1, 1)), np.zeros((1, 0)), loc, scale)
 
 
 def test_bits_stay_as_they_are():

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import mlp_diffusion
+from conftest import fit_of, mlp_diffusion
 
 import probdiff
 from probdiff import Fit, datasets, networks, schedules, training
@@ -75,10 +75,10 @@ def test_a_second_evaluation_with_new_data_compiles_nothing(single, x, caplog):
         assert compilations() == 0
 
 
-def test_the_times_of_a_fit_are_weighted_unless_told_otherwise(x):
-    weighted, even = (small(num_steps=20, check_every=20, **options)(x) for options in ({}, {"times": "even"}))
-    assert not np.array_equal(weighted.losses, even.losses)
-    np.testing.assert_array_equal(weighted.losses, small(num_steps=20, check_every=20, times="weighted")(x).losses)
+def test_the_times_of_a_fit_are_weighted_unless_told_otherwise(single, x):
+    weighted, even = (small(times=times)(x) for times in ("weighted", "even"))
+    assert not np.array_equal(single.losses, even.losses)
+    np.testing.assert_array_equal(single.losses, weighted.losses)
 
 
 def test_everything_is_in_the_units_of_the_data(single, x):
@@ -197,7 +197,7 @@ def test_every_schedule_and_covariance_can_be_fitted(x, schedule, covariance):
     assert np.all(np.isfinite(fitted.sample(KEY, 5)))
 
 
-def test_saved_fit_is_read_back_the_same(fitted, x, tmp_path):
+def test_saved_fit_is_read_back_the_same(fitted, tmp_path):
     fitted.save(tmp_path / "fit.npz")
     read = Fit.load(tmp_path / "fit.npz", fitted.diffusion)
     for a, b in zip(jax.tree.leaves(fitted.params), jax.tree.leaves(read.params), strict=True):
@@ -212,8 +212,8 @@ def test_saved_fit_is_read_back_the_same(fitted, x, tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     with pytest.raises(ValueError, match="it holds other arrays"):
         Fit.load(tmp_path / "other.npz", fitted.diffusion)
-    cosine = small(mlp_diffusion(schedule=schedules.cosine(5)), num_steps=5, check_every=5)(x)
-    cosine.save(tmp_path / "cosine.npz")
+    d = mlp_diffusion(schedule=schedules.cosine(5))
+    fit_of(d, d.initial_params(KEY)).save(tmp_path / "cosine.npz")
     with pytest.raises(ValueError, match="its β_t are not those"):
         Fit.load(tmp_path / "cosine.npz", mlp_diffusion(schedule=schedules.linear(5)))
     with pytest.raises(ValueError, match="does not exist"):

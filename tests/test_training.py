@@ -217,6 +217,6 @@ def test_bad_settings_are_refused(options, words):
 
 
 def test_progress_is_quiet_when_not_a_terminal(capfd):
-    training.train(mlp_diffusion(), X, training.Settings(2, 4, 1), rng_key=KEY)
+    training.train(mlp_diffusion(), X, SETTINGS, rng_key=KEY)
     out, err = capfd.readouterr()
     assert out == err == ""

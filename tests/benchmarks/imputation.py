@@ -242,7 +242,7 @@ METHODS = {
     "Gaussian mixture": mixture,
     "IterativeImputer": chained_equations(10),
     "IterativeImputer, 100 rounds": chained_equations(100),
-    "ForestDiffusion": forest(n_t=50, duplicate_K=100),  # its defaults; hours of a core for the breast cancers
+    "ForestDiffusion": forest(n_t=50, duplicate_K=100),  # its defaults; too long for the breast cancers
     "ForestDiffusion, smaller": forest(n_t=50, duplicate_K=20, max_bin=64, n_batch=0),
 }
 
