@@ -118,11 +118,11 @@ class _log_g:
 
 
 def _check_function(log_g: _log_g, data: Any, fit: Fit, rng_key: Key, smooth: bool) -> None:
-    """That it takes x_0 and gives a number, not NaN or +∞, at eight draws from the prior for each datum."""
+    """That it takes x_0 and the first datum, and gives a number, not NaN or +∞, at eight draws from p for each."""
     draws = fit.sample(rng_key, 8)
     z = jnp.asarray((draws - fit.loc) / fit.scale, jnp.result_type(float)).reshape(8, -1)
     first = jax.tree.map(lambda leaf: leaf[0], data)
-    _check_call(log_g.function, (draws[0], *[jax.tree.map(np.asarray, first["y"])] * log_g.takes_data))
+    _check_call(log_g.function, (draws[0].astype(z.dtype), *[jax.tree.map(np.asarray, first["y"])] * log_g.takes_data))
     try:
         result = jax.eval_shape(log_g.stated, z[0], first)
         at_draws = jax.vmap(log_g.stated, (0, None))
@@ -148,13 +148,13 @@ def _check_function(log_g: _log_g, data: Any, fit: Fit, rng_key: Key, smooth: bo
     if smooth:
         try:
             jax.eval_shape(jax.hessian(log_g), z[0], first)
-            slopes = np.asarray(jax.vmap(jax.grad(log_g), (0, None))(z, first))
+            slopes = np.asarray(jax.vmap(jax.vmap(jax.grad(log_g), (0, None)), (None, 0))(z, data))
         except Exception as error:
-            why = str(error).splitlines()[0]
+            why = (str(error) or repr(error)).splitlines()[0]
             raise TypeError(
                 f"likelihood cannot be differentiated twice by JAX ({why}); give it as BlackBox(likelihood)"
             ) from error
-        if np.isnan(slopes[np.isfinite(values[0])]).any():
+        if np.isnan(slopes[np.isfinite(values)]).any():
             raise ValueError(
                 "likelihood has a gradient of NaN at draws from the prior; give it as BlackBox(likelihood)"
             )

@@ -247,6 +247,7 @@ def _k_of(log_w: Float[np.ndarray, "S N"]) -> Float[np.ndarray, " N"]:
 def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
     """Pareto k̂ of the importance weights of each datum, from draws of log w; dims chain, datum.
 
+    −∞ where the largest weights are equal, and ∞ where no tail can be fitted: they are worlds apart, or few positive.
     Below `k_threshold` an importance-weighted estimate from these draws can be trusted (Vehtari et al. 2024).
     """
     S = log_weight.sizes["draw"]
@@ -255,12 +256,13 @@ def pareto_k(log_weight: xr.DataArray) -> xr.DataArray:
     largest = largest.isel(draw=slice(-tail, None))
     positive = largest.where(largest != -np.inf)
     spread = (positive.max("draw") - positive.min("draw")).where(largest.notnull().all("draw"))
-    equal = spread < _EQUAL  # equal weights have no tail to fit
+    equal = spread < _EQUAL
+    whole = positive.notnull().all("draw")
     wiggle = xr.DataArray(np.linspace(0, 1e-3, S), dims="draw")
     log_weight = xr.apply_ufunc(_without_ties, log_weight, input_core_dims=[["draw"]], output_core_dims=[["draw"]])
     with np.errstate(over="ignore", invalid="ignore"):
         _, k = (-log_weight.where(~equal, wiggle)).azstats.psislw(dim=["draw"])
-    return k.where(~equal, -np.inf).fillna(np.inf)  # weights that are worlds apart have no tail that can be fitted
+    return k.where(~equal).fillna(np.inf).where(~(equal & whole), -np.inf)
 
 
 def _without_ties(log_w: Float[np.ndarray, "*batch S"]) -> Float[np.ndarray, "*batch S"]:

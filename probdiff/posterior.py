@@ -43,7 +43,7 @@ def sample(
     the data's own units that JAX can differentiate twice. A function or `BlackBox` is called as f(x_0), or where there
     are `data`, a tree of arrays with a leading axis of N, as f(x_0, datum). It is compiled once and must depend on its
     arguments alone: what changes from call to call is given as `data`. Where it is NaN the likelihood counts as zero.
-    `features` and `datum` are names, for coordinates and messages; both are numbered from 0 without them.
+    `features` and `datum` are names, for coordinates and for what is said of weights; without them, numbers from 0.
 
     Each of `num_filters` filters carries `num_particles` particles down the chain, guided by the observation and
     weighted so that they are exact as their number grows; p(y) is estimated without bias by any number. The tree has
@@ -61,7 +61,7 @@ def sample(
     Draws that stand side by side in a filter may be equal: few are best taken far apart, or from different filters.
     The logarithm of an unbiased estimate is low in the mean, by half the square of `mcse` to first order. Warns where
     the weights have collapsed, with ESS and k̂. Raises `ValueError` or `TypeError` for arguments that do not fit, a
-    likelihood that is no number or NaN at draws from the prior, and one that is zero at every particle.
+    likelihood that is no number, NaN or +∞ at draws from the prior, and one that is zero at every particle.
     Source: Wu et al. 2023 (twisted diffusion sampler); the twists are those of `guidance`.
     """
     d, size = fit.diffusion, fit.loc.size
@@ -92,6 +92,7 @@ def sample(
                 "pareto_k": evidence.pareto_k,
             },
             dims={name: ["datum"] for name in ("log_evidence", "mcse", "effective_draws", "pareto_k")},
+            coords=coords,
             sample_dims=[],
         ),
     }
@@ -190,8 +191,8 @@ def _run(
     observations, observed = prepare(fit, likelihood, data, key_check)
     N, D = len(jax.tree.leaves(observations)[0]), fit.loc.size
     names = np.arange(N) if datum is None else np.asarray(datum)
-    if names.shape != (N,):
-        raise ValueError(f"datum has shape {names.shape}; there are {N} data to name")
+    if names.shape != (N,) or len(set(names.tolist())) < N:
+        raise ValueError(f"datum has shape {names.shape}; there are {N} data to name, each by another name")
     factors = None if d.covariance == "full" else spread(d, fit.params, key_spread)
     blocks = -(-N * num_filters * num_particles * D**2 // _MOST_NUMBERS)
     rows = -(-N // blocks)

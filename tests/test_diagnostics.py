@@ -210,6 +210,13 @@ def test_pareto_k_of_weights_with_a_largest_value_that_many_share(most):
         assert diagnostics.pareto_k(xr.DataArray(one, dims=["draw", "datum"])).item() == -np.inf
 
 
+@pytest.mark.parametrize("zero", [-np.inf, -1e4])
+def test_pareto_k_of_few_weights_that_are_positive_is_not_safe(zero):
+    log_w = np.full((4000, 1), zero)
+    log_w[7] = 0.0
+    assert diagnostics.pareto_k(xr.DataArray(log_w, dims=["draw", "datum"])).item() > 1
+
+
 def test_pareto_k_of_weights_that_are_worlds_apart_is_infinite():
     log_weights = 1e4 * np.random.default_rng(0).normal(size=(1, 250, 20))
     k = diagnostics.pareto_k(xr.DataArray(log_weights, dims=["chain", "draw", "datum"])).to_numpy()
