@@ -47,8 +47,7 @@ def impute(
         fit, posterior.Missing(holes), rng_key=key_draws, features=features, datum=rows.tolist(), **options
     )  # fmt: skip
     draws = dt["posterior"].dataset["x_0"]
-    known = np.where(whole, x[rows], np.nan)  # as it was before dequantisation
-    draws = draws.copy(data=np.where(np.isnan(known), np.where(whole, np.floor(draws), draws), known))
+    draws = draws.copy(data=np.where(np.isnan(x[rows]), np.where(whole, np.floor(draws), draws), x[rows]))
     dt["posterior"] = dt["posterior"].assign(x_0=draws)
     dt["observed_data"] = dt["observed_data"].assign(x_0=xr.Variable(("datum", "feature"), x[rows]))
     # neighbours may be equal

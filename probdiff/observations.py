@@ -122,14 +122,15 @@ def _check_function(log_g: _log_g, data: Any, fit: Fit, rng_key: Key, smooth: bo
     draws = fit.sample(rng_key, 8)
     z = jnp.asarray((draws - fit.loc) / fit.scale, jnp.result_type(float)).reshape(8, -1)
     first = jax.tree.map(lambda leaf: leaf[0], data)
-    _check_call(log_g.function, (draws[0].astype(z.dtype), *[jax.tree.map(np.asarray, first["y"])] * log_g.takes_data))
+    arguments = draws[0].astype(z.dtype), jax.tree.map(np.asarray, first["y"])
+    _check_call(log_g.function, arguments if log_g.takes_data else arguments[:1])
+    at_draws = lambda function: jax.vmap(jax.vmap(function, (0, None)), (None, 0))(z, data)  # noqa: E731
     try:
         result = jax.eval_shape(log_g.stated, z[0], first)
-        at_draws = jax.vmap(log_g.stated, (0, None))
         if not isinstance(result, jax.ShapeDtypeStruct) or result.shape:
             given = f"shape {result.shape}" if isinstance(result, jax.ShapeDtypeStruct) else "no array"
             raise ValueError(f"likelihood gives {given}; it must give a number")
-        values = np.asarray(jax.vmap(at_draws, (None, 0))(z, data))
+        values = np.asarray(at_draws(log_g.stated))
     except (
         jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError, NotImplementedError
     ) as error:  # fmt: skip
@@ -148,7 +149,7 @@ def _check_function(log_g: _log_g, data: Any, fit: Fit, rng_key: Key, smooth: bo
     if smooth:
         try:
             jax.eval_shape(jax.hessian(log_g), z[0], first)
-            slopes = np.asarray(jax.vmap(jax.vmap(jax.grad(log_g), (0, None)), (None, 0))(z, data))
+            slopes = np.asarray(at_draws(jax.grad(log_g)))
         except Exception as error:
             why = (str(error) or repr(error)).splitlines()[0]
             raise TypeError(

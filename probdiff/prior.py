@@ -40,7 +40,7 @@ def program(d: Chain, params: Params) -> Callable[..., Event]:
     Those of Gaussian kernels are `NonCentred`: deterministic functions of x_T and of the standard normal sites x_3_base
     and so on, unless a handler such as `condition` gives them a value. With `stacked=True`, of a Gaussian chain, the
     noise of x_T…x_1 is one site "x_path_base" (T, *event_shape), and "x_path" deterministic, by a scan, whatever T is.
-    Raises `ValueError` for params of another diffusion.
+    Raises `ValueError` for params of another diffusion, and where the stacked form is given a value for x_T…x_1.
     """
     wanted = jax.eval_shape(d.initial_params, jax.random.key(0))
     missing = [name for name in wanted if name not in params]

@@ -248,6 +248,8 @@ def test_bad_input_is_refused_by_name():
         probdiff.fit(d, np.array([["0", "1"], ["1", "1"]]), rng_key=KEY)
     with pytest.raises(ValueError, match="x has shape"):
         probdiff.fit(d, x[:, :1], rng_key=KEY)
+    with pytest.raises(ValueError, match="x is masked in places"):
+        probdiff.fit(d, np.ma.masked_array(x, x == 1), rng_key=KEY)
     with pytest.raises(ValueError, match='objective is "mean_field"'):
         probdiff.fit(d, x, rng_key=KEY, objective="mean_field", num_steps=1)
     for rate in (0, 1.0, "half", True):
