@@ -1,8 +1,14 @@
 """Diffusion probabilistic models as NumPyro programs."""
 
-from probdiff import datasets, derivation, networks, posterior, schedules, streams
+from importlib.metadata import version
+
+from probdiff import datasets, derivation, diagnostics, likelihood, networks, plots, posterior, schedules
 from probdiff.chains import BinomialDiffusion, GaussianDiffusion
-from probdiff.results import Fit, fit
+from probdiff.fitting import devices, streams
+from probdiff.fitting.fit import fit
+from probdiff.results import Fit
+
+__version__ = version("probdiff")
 
 __all__ = [
     "BinomialDiffusion",
@@ -10,8 +16,12 @@ __all__ = [
     "GaussianDiffusion",
     "datasets",
     "derivation",
+    "devices",
+    "diagnostics",
     "fit",
+    "likelihood",
     "networks",
+    "plots",
     "posterior",
     "schedules",
     "streams",

@@ -4,7 +4,6 @@ Each method of `GaussianDiffusion` and `BinomialDiffusion` below is a NumPyro pr
 `handlers.trace` or any other tool of NumPyro.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,16 +13,21 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
-from probdiff.binomial import Binomial
-from probdiff.families import Covariance, Family, ForwardStep, Gaussian, expected_log_ratio
-from probdiff.networks import Recipe
-from probdiff.prior import program
+from probdiff.at_time import draw_times, score_term
+from probdiff.checks import check_support
+from probdiff.families.base import Family, ForwardStep, as_state, in_form_of, state_dtype
+from probdiff.families.binomial import Binomial
+from probdiff.families.gaussian import Covariance, Gaussian
+from probdiff.networks.residual_mlp import Recipe
+from probdiff.noncentred import ancestral
 from probdiff.schedules import NoiseLevels, Schedule
 from probdiff.types import Event, Key, Params, Time
 
@@ -55,8 +59,8 @@ class Diffusion:
         object.__setattr__(self, "event_shape", shape)
         num_outputs = self.family.num_outputs
         if callable(self.network):
-            x_t, log_snr = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-            outputs = eqx.filter_eval_shape(self.network, x_t, log_snr)
+            log_snr = jax.ShapeDtypeStruct((), jnp.float32)
+            outputs = eqx.filter_eval_shape(self.network, self._network_input, log_snr)
             if getattr(outputs, "shape", None) != (num_outputs,):
                 raise ValueError(
                     f"network gives outputs of shape {getattr(outputs, 'shape', None)}; {self.family} wants "
@@ -67,6 +71,10 @@ class Diffusion:
     def family(self) -> Family:
         """The distributions of the chains."""
         raise NotImplementedError
+
+    def checked(self, x: ArrayLike, name: str, minimum: int = 1) -> np.ndarray:
+        """x as data of this diffusion, (N, *event_shape) in the support of the family; raises as `check_support`."""
+        return check_support(x, self.event_shape, self.family.support, name, minimum)
 
     @property
     def num_timesteps(self) -> int:
@@ -123,18 +131,18 @@ class Diffusion:
         p, T = self.family, self.num_timesteps
         _, kernel = self.kernels(dropout)
         plate, x_0 = self._data(x_0, subsample_size)
-        prior = p.prior(self._batch_shape(x_0))
+        terminal = p.terminal(self._batch_shape(x_0))
         if stacked:
-            prior_of_x = p.as_kernel(prior)
 
             def step(x_next: Event, t: Time) -> dist.Distribution:
-                return _where(t == T, prior_of_x, kernel(x_next, jnp.minimum(t + 1, T)))
+                below = kernel(x_next, jnp.minimum(t + 1, T))
+                return _where(t == T, in_form_of(terminal, below), below)
 
-            x_1 = _scan(plate, step, jnp.zeros(prior.shape(), p.dtype), range(T, 0, -1))
+            x_1 = _scan(plate, step, jnp.zeros(terminal.shape(), state_dtype(p)), range(T, 0, -1))
             with plate:
                 return numpyro.sample("x_0", kernel(x_1, 1), obs=x_0)
         with plate:
-            x_t = numpyro.sample(f"x_{T}", prior)
+            x_t = numpyro.sample(f"x_{T}", terminal)
             for t in range(T, 0, -1):
                 x_t = numpyro.sample(f"x_{t - 1}", kernel(x_t, t), obs=x_0 if t == 1 else None)
         return x_t
@@ -146,7 +154,7 @@ class Diffusion:
         q, T = self.family, self.num_timesteps
         noise = self.schedule()
         plate, x_0 = self._data(x_0, subsample_size)
-        t, scale = self._draw_t(x_0, time_probs)
+        t, scale = draw_times(self.num_timesteps, self._batch_shape(x_0), time_probs)
         with plate:
             with handlers.mask(mask=False):
                 x_t = numpyro.sample("x_t", q.marginal(x_0, noise, t))
@@ -175,7 +183,7 @@ class Diffusion:
         p, T = self.family, self.num_timesteps
         noise, kernel = self.kernels(dropout)
         plate, x_0 = self._data(x_0, subsample_size)
-        t, scale = self._draw_t(x_0, time_probs)
+        t, scale = draw_times(self.num_timesteps, self._batch_shape(x_0), time_probs)
         q_of_x_0, x_prev = p.marginal(x_0, noise, t), None
         with plate:
             with handlers.mask(mask=False):
@@ -187,10 +195,10 @@ class Diffusion:
                         x_prev = numpyro.sample("x_prev", p_of_x_t)
                 with handlers.mask(mask=t == 1):
                     numpyro.sample("x_0", p_of_x_t, obs=x_0)
-            if not p.reparametrised:
+            if not q_of_x_0.has_rsample:
                 q_of_x_t = p.posterior(x_t, x_0, noise, jnp.clip(t, min(2, T), T))
-                numpyro.factor("score", scale * _score(t, x_0, x_t, x_prev, q_of_x_0, q_of_x_t, p_of_x_t))
-            numpyro.sample(f"x_{T}", p.prior(self._batch_shape(x_0)))
+                numpyro.factor("score", scale * score_term(t, x_0, x_t, x_prev, q_of_x_0, q_of_x_t, p_of_x_t))
+            numpyro.sample(f"x_{T}", p.terminal(self._batch_shape(x_0)))
 
     def kernels(self, dropout: bool = False) -> tuple[NoiseLevels, Callable[[Event, Time], dist.Distribution]]:
         """The noise levels, and p(x_{t−1} given x_t) as a function of x_t and t: all that has params.
@@ -204,8 +212,29 @@ class Diffusion:
         return noise, lambda x_t, t: _kernel(self, params, noise, x_t, t, key)
 
     def prior(self, params: Params) -> Callable[..., Event]:
-        """p(x_0), N12, with these params, as a NumPyro program to be called in any model; see `prior.program`."""
-        return program(self, params)
+        """p(x_0), N12, with fixed params, as a NumPyro program for any model, in plates or under `scope`.
+
+        The program returns x_0 in the chain's own units, one for each element of the plates around it. Sites x_T, …,
+        x_0. Those of Gaussian kernels are `NonCentred`: deterministic functions of x_T and of the standard normal sites
+        x_3_base and so on, unless a handler such as `condition` gives them a value. With `stacked=True`, of a Gaussian
+        chain, the noise of x_T…x_1 is one site "x_path_base" (T, *event_shape), and "x_path" deterministic, by a scan,
+        whatever T is.
+        Raises `ValueError` for params of another diffusion, and where the stacked form is given a value for x_T…x_1.
+        """
+        wanted = jax.eval_shape(self.initial_params, jax.random.key(0))
+        missing = [name for name in wanted if name not in params]
+        if missing:
+            raise ValueError(f"params has no {missing[0]!r}; this diffusion has {', '.join(wanted)}")
+        for name, like in wanted.items():
+            if jax.tree.map(jnp.shape, params[name]) != jax.tree.map(jnp.shape, like):
+                raise ValueError(f"params[{name!r}] has other shapes than this diffusion's: are they of a fit of it?")
+
+        def draw(*, stacked: bool = False) -> Event:
+            with handlers.block(), handlers.substitute(data=params):
+                _, kernel = self.kernels()
+            return ancestral(self.family.terminal(), kernel, self.num_timesteps, stacked=stacked)
+
+        return draw
 
     def initial_params(self, rng_key: Key) -> Params:
         """The params that a fit starts from."""
@@ -220,36 +249,25 @@ class Diffusion:
         """The network over any batch shape, with units left out of each datum's own where there is a key."""
         _, static = eqx.filter_eval_shape(self._build, jax.random.key(0))
         network: Any = eqx.combine(params, static)
-        event = f"({','.join('abcdefgh'[: len(self.event_shape)])})"
+        axes = len(self._network_input.shape)
+        event = f"({','.join('abcdefgh'[:axes])})"
         if dropout_key is None or not _has_dropout(network):
             return jnp.vectorize(network, signature=f"{event},()->(p)")
         one = jnp.vectorize(lambda x, log_snr, key: network(x, log_snr, key=key), signature=f"{event},(),()->(p)")
-        return lambda x, log_snr: one(x, log_snr, jax.random.split(dropout_key, self._batch_shape(x)))
+        return lambda x, log_snr: one(x, log_snr, jax.random.split(dropout_key, x.shape[: x.ndim - axes]))
 
-    def _draw_t(self, x_0: Event, time_probs: Float[Array, " T"] | None) -> tuple[Time, Any]:
-        """One t per datum, and what its term is scaled by."""
-        T, batch_shape = self.num_timesteps, self._batch_shape(x_0)
-        if time_probs is not None and jnp.shape(time_probs) != (T,):
-            raise ValueError(f"time_probs has shape {jnp.shape(time_probs)}; this diffusion has {T} time steps")
-        u = numpyro.sample("u", dist.Uniform(0.0, 1.0))
-        B = math.prod(batch_shape)
-        if time_probs is None:
-            t = jnp.floor(T * ((jnp.arange(B) / B + u) % 1.0)).astype(int)
-        else:
-            # the number of t whose cumulative probability is at most the quantile (i/B + u) mod 1, for sorted quantiles
-            # first; `searchsorted`, unrolled, is slow to compile for long chains
-            first, shift = jnp.floor(B * u).astype(int), (B * u) % 1.0
-            starts = jnp.clip(jnp.ceil(B * jnp.cumsum(jnp.asarray(time_probs)) - shift), 0, B).astype(int)
-            t = jnp.cumsum(jnp.zeros(B + 1, int).at[starts].add(1))[(jnp.arange(B) + first) % B]
-        t = numpyro.deterministic("t", jnp.minimum(1 + t, T).reshape(batch_shape))
-        return t, T if time_probs is None else 1 / jnp.asarray(time_probs)[t - 1]
+    @property
+    def _network_input(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of what the network is given of one x_t."""
+        x_t = jax.ShapeDtypeStruct(self.event_shape, state_dtype(self.family))
+        return jax.eval_shape(self.family.network_input, x_t)
 
     def _build(self, rng_key: Key) -> tuple[eqx.Module, eqx.Module]:
         recipe = self.network
         module = (
             recipe
             if isinstance(recipe, eqx.Module)
-            else recipe.build(rng_key, self.event_shape, self.family.num_outputs)
+            else recipe.build(rng_key, self._network_input.shape, self.family.num_outputs)
         )
         return eqx.partition(module, eqx.is_inexact_array)
 
@@ -263,7 +281,7 @@ class Diffusion:
         shape = jnp.shape(x_0)
         if shape != self.event_shape and shape[1:] != self.event_shape:
             raise ValueError(f"x_0 has shape {shape}; this diffusion has event_shape {self.event_shape}")
-        x_0 = self.family.state(x_0)
+        x_0 = as_state(self.family, x_0)
         if shape == self.event_shape:
             return nullcontext(), x_0
         if subsample_size is not None and not 1 <= subsample_size <= shape[0]:
@@ -271,6 +289,11 @@ class Diffusion:
         plate = numpyro.plate("data", shape[0], subsample_size=subsample_size)
         with plate as index:
             return plate, x_0 if subsample_size is None else x_0[index]
+
+
+def to_chain(d: Diffusion, x: np.ndarray, loc: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """x in the chain's own units, (x − loc)/scale."""
+    return ((x - loc) / scale).astype(state_dtype(d.family))
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,30 +365,12 @@ def _outputs(
     return d._network(params, dropout_key)(d.family.network_input(x_t), log_snr)
 
 
+def _is_dropout(node: Any) -> bool:
+    return isinstance(node, eqx.nn.Dropout)
+
+
 def _has_dropout(network: Any) -> bool:
-    is_dropout = lambda node: isinstance(node, eqx.nn.Dropout)  # noqa: E731
-    return any(is_dropout(node) and node.p > 0 for node in jax.tree.leaves(network, is_leaf=is_dropout))
-
-
-def _score(
-    t: Time,
-    x_0: Event,
-    x_t: Event,
-    x_prev: Event | None,
-    q_of_x_0: dist.Distribution,
-    q_of_x_t: dist.Distribution,
-    p_of_x_t: dist.Distribution,
-) -> Array:
-    """Zero, whose gradient is (L_t − b)·∇log q of what was drawn: the score-function term of the gradient of K.
-
-    L_t is the term of K at t. The baseline b of a datum is the term of the next one, whose t is nearly the same.
-    """
-    term, log_q = p_of_x_t.log_prob(x_0), q_of_x_0.log_prob(x_t)
-    if x_prev is not None:
-        ratio, log_q_prev = expected_log_ratio(q_of_x_t, p_of_x_t, lambda: x_prev)
-        term, log_q = jnp.where(t == 1, term, ratio), log_q + jnp.where(t == 1, 0.0, log_q_prev)
-    baseline = jnp.roll(term, -1) if jnp.size(term) > 1 else 0.0
-    return jax.lax.stop_gradient(term - baseline) * (log_q - jax.lax.stop_gradient(log_q))
+    return any(_is_dropout(node) and node.p > 0 for node in jax.tree.leaves(network, is_leaf=_is_dropout))
 
 
 def _where(condition: bool | Array, a: dist.Distribution, b: dist.Distribution) -> dist.Distribution:

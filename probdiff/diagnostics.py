@@ -2,49 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
 
 import arviz as az
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from numpy.typing import ArrayLike
-from numpyro import handlers
-from numpyro.infer import Predictive
 from scipy.spatial.distance import cdist
 
-from probdiff import likelihood, particles
-from probdiff.chains import Diffusion
-from probdiff.particles import k_threshold, pareto_k
-from probdiff.schedules import NoiseLevels
-from probdiff.types import Data, Key, Params
+from probdiff.chains import Diffusion, to_chain
+from probdiff.checks import check_count
+from probdiff.likelihood.elbo import elbo_draws
+from probdiff.likelihood.paths import log_importance_weights
+from probdiff.psis import k_threshold, pareto_k
+from probdiff.sampling import forward_draws, noise_levels, reverse_draws
+from probdiff.types import Key, Params
 
-_ROWS = 2048  # paths to one compiled call
 _LEVEL = 0.01  # of the bands and of the verdict
-
-
-class Fitted(Protocol):
-    """What the diagnostics read of a fit; `results.Fit` is one."""
-
-    @property
-    def diffusion(self) -> Diffusion: ...
-    @property
-    def stacked_params(self) -> Params: ...
-    @property
-    def stacked_losses(self) -> np.ndarray: ...
-    @property
-    def num_chains(self) -> int: ...
-    @property
-    def noise_levels(self) -> NoiseLevels: ...
-    @property
-    def loc(self) -> np.ndarray: ...
-    @property
-    def scale(self) -> np.ndarray: ...
-    def standardise(self, x: ArrayLike, name: str = "x") -> np.ndarray: ...
 
 
 def times_shown(num_timesteps: int, most: int = 51) -> list[int]:
@@ -52,37 +28,17 @@ def times_shown(num_timesteps: int, most: int = 51) -> list[int]:
     return np.unique(np.linspace(0, num_timesteps, min(most, num_timesteps + 1)).round().astype(int)).tolist()
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def _reverse_block(d: Diffusion, params: Params, rng_key: Key, n: int, times: tuple[int, ...]) -> Array:
-    draws = Predictive(d.reverse, params=params, num_samples=n, parallel=True)(rng_key, stacked=True)
-    if times == (0,):  # and no path is kept
-        return draws["x_0"][:, None]
-    path = jnp.concatenate([draws["x"], draws["x_0"][:, None]], axis=1)  # t = T…0
-    return path[:, jnp.asarray([d.num_timesteps - t for t in times])]
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def _forward_block(d: Diffusion, params: Params, x_0: Data, rng_key: Key, times: tuple[int, ...]) -> Array:
-    program = handlers.substitute(handlers.seed(d.forward, rng_key), data=params)
-    path = handlers.trace(program).get_trace(x_0, stacked=True)["x"]["value"]  # t = 1…T
-    return jnp.moveaxis(jnp.concatenate([x_0[None], path])[jnp.asarray(times)], 0, 1)
-
-
-def reverse_draws(d: Diffusion, params: Params, rng_key: Key, n: int, times: Sequence[int]) -> np.ndarray:
-    """n paths drawn from p (N13) by ancestral sampling, at `times`; (n, len(times), *event_shape), chain units."""
-    most = 2**17 if tuple(times) == (0,) and jax.default_backend() != "cpu" else _ROWS  # to keep a GPU busy
-    rows = min(most, 1 << (n - 1).bit_length())
-    keys = jax.random.split(rng_key, -(-n // rows))
-    return np.concatenate([_reverse_block(d, params, key, rows, tuple(times)) for key in keys])[:n]
-
-
-def forward_draws(d: Diffusion, params: Params, x_0: Data, rng_key: Key, times: Sequence[int]) -> np.ndarray:
-    """One path drawn from q (N5) for each row of x_0, at `times`; (N, len(times), *event_shape), chain units."""
-    return np.asarray(_forward_block(d, params, jnp.asarray(x_0), rng_key, tuple(times)))
-
-
 def to_datatree(
-    fit: Fitted, x: ArrayLike, *, rng_key: Key, num_draws: int = 500, features: Sequence[str] | None = None
+    d: Diffusion,
+    stacked_params: Params,
+    x: ArrayLike,
+    *,
+    losses: Float[np.ndarray, "C steps"],
+    loc: np.ndarray,
+    scale: np.ndarray,
+    rng_key: Key,
+    num_draws: int = 500,
+    features: Sequence[str] | None = None,
 ) -> xr.DataTree:
     """A fit and what it says of x (N, *event_shape) as a `DataTree`; chain = independent fit, nats.
 
@@ -102,20 +58,16 @@ def to_datatree(
     A fit is a point estimate, so the mean over draws of `log_likelihood` is the bound itself: each draw is the
     mean plus 1/√num_draws of one Monte Carlo estimate's deviation from it. `elbo_part` at t = 1 is the reconstruction.
     """
-    d, C = fit.diffusion, fit.num_chains
-    x_0 = fit.standardise(x)
-    if isinstance(num_draws, bool) or not isinstance(num_draws, int | np.integer) or num_draws < 25:
-        raise ValueError(
-            f"num_draws is {num_draws!r}; it must be an integer of at least 25, to fit the tail of the weights"
-        )
-    size, log_det = x_0[0].size, float(np.log(fit.scale).sum())
+    C, x_0 = len(losses), to_chain(d, d.checked(x, "x"), loc, scale)
+    check_count(num_draws, "num_draws", 25)  # to fit the tail of the weights
+    size, log_det = x_0[0].size, float(np.log(scale).sum())
     names = [str(i) for i in range(size)] if features is None else list(features)
     if len(names) != size:
         raise ValueError(f"features has {len(names)} names; the data have {size} features")
     times = times_shown(d.num_timesteps)
     posterior, forward, pit, log_lik, weights, parts, prior = ([] for _ in range(7))
     for c in range(C):
-        params = jax.tree.map(lambda leaf, c=c: leaf[c], fit.stacked_params)
+        params = jax.tree.map(lambda leaf, c=c: leaf[c], stacked_params)
         key_rows, key_q, key_p, key_pit, key_elbo, key_weight = jax.random.split(jax.random.fold_in(rng_key, c), 6)
         rows = np.concatenate(
             [jax.random.permutation(key, len(x_0)) for key in jax.random.split(key_rows, -(-num_draws // len(x_0)))]
@@ -131,17 +83,15 @@ def to_datatree(
         mean_parts[0] -= log_det
         parts.append(mean_parts)
         prior.append(prior_kl)
-        weights.append(
-            particles.log_importance_weights(d, params, x_0, rng_key=key_weight, num_draws=num_draws) - log_det
-        )
-    noise = fit.noise_levels
+        weights.append(log_importance_weights(d, params, x_0, rng_key=key_weight, num_draws=num_draws) - log_det)
+    noise = noise_levels(d, stacked_params, C)
     paths = {"dims": {"x": ["t", "feature"]}, "coords": {"t": times, "feature": names}}
-    x_0_drawn = fit.loc.ravel() + fit.scale.ravel() * np.stack(posterior)[:, :, 0]
+    x_0_drawn = loc.ravel() + scale.ravel() * np.stack(posterior)[:, :, 0]
     observed = np.asarray(x, np.float64).reshape(len(x_0), size)
     steps = np.arange(1, d.num_timesteps + 1)
     per_t = {name: ["t"] for name in ("beta", "log_snr", "elbo_part")}
     fitted = {
-        "loss": fit.stacked_losses,
+        "loss": losses,
         "beta": noise.beta,
         "log_snr": jax.vmap(lambda levels: levels.log_snr)(noise),
         "elbo_part": np.stack(parts),
@@ -183,7 +133,7 @@ def _elbo_draws(
     d: Diffusion, params: Params, x_0: np.ndarray, rng_key: Key, num_draws: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """K per datum, (num_draws, N), shrunk to the spread of its mean; its terms for t = 1…T, (T,), and the prior KL."""
-    parts, draws = likelihood.elbo_draws(d, params, x_0, rng_key=rng_key, num_draws=num_draws)
+    parts, draws = elbo_draws(d, params, x_0, rng_key=rng_key, num_draws=num_draws)
     mean = draws.mean(0)
     terms = np.concatenate([[parts.reconstruction.mean()], -parts.steps.mean(0)])
     return mean + (draws - mean) / np.sqrt(num_draws), terms, float(parts.prior.mean())

@@ -1,6 +1,5 @@
-"""`fit(...)`, and `Fit`, what it returns: a fitted diffusion in the data's own units."""
+"""`Fit`: a fitted diffusion in the data's own units."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -11,114 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jax.sharding import Mesh
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from numpyro import handlers
 
-from probdiff import diagnostics, exact, flow, likelihood, particles, training
-from probdiff.chains import Diffusion, GaussianDiffusion
-from probdiff.datasets import some, split
+from probdiff.chains import Diffusion, to_chain
+from probdiff.checks import check_count, check_key, some
+from probdiff.diagnostics import to_datatree
+from probdiff.families.base import family_options
 from probdiff.files import atomic_write
-from probdiff.likelihood import ELBOParts, LogLikelihood
+from probdiff.likelihood.elbo import PARTS, ELBOParts, elbo, elbo_draws
+from probdiff.likelihood.exact import exact
+from probdiff.likelihood.flow import ode
+from probdiff.likelihood.paths import iwae, upper
+from probdiff.likelihood.result import LogLikelihood
+from probdiff.likelihood.smc import smc
+from probdiff.sampling import noise_levels, one_fit, reverse_draws
 from probdiff.schedules import NoiseLevels
-from probdiff.streams import Stream
-from probdiff.types import Event, Key, Params, check_count, check_key
+from probdiff.types import Event, Key, Params
 
 Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
-
-_ROWS_PER_FEATURE = 100  # fewer are few
-_HELD_OUT = 0.15
-
-
-def fit(
-    d: Diffusion,
-    x: ArrayLike | Stream,
-    *,
-    rng_key: Key,
-    num_steps: int = 20_000,
-    batch_size: int | None = None,
-    num_chains: int = 1,
-    objective: training.Objective = "at_time",
-    times: training.Times = "weighted",
-    learning_rate: float = 2e-3,
-    gradient_clip: float = 1.0,
-    check_every: int | None = None,
-    validation: ArrayLike | float | None = None,
-    patience: int | None = None,
-    dropout: bool | None = None,
-    checkpoint_dir: str | Path | None = None,
-    resume: bool = False,
-    progress_bar: bool = True,
-    mesh: Mesh | None = None,
-) -> "Fit":
-    """Fits β_t and the reverse kernels to data by SVI, maximising the ELBO of N17.
-
-    x (N, *event_shape), in the data's own units. For a Gaussian chain it is floating-point, and the chain runs on x
-    less its mean and over its standard deviation, each feature apart; a `streams.stream` of a file stands for rows that
-    do not fit in memory. For a binomial chain it is bits, 0 or 1 of any dtype, which stay as they are.
-    `batch_size` is 512, and at most the rows that are fitted. `num_chains` independent fits run side by side. Among
-    several devices, those of `mesh` or else all, chains and batches are shared out over the mesh's axes "chain" and
-    "data"; see `devices.choose_mesh`. Several processes must be given the same arguments, all of x too. `validation` is
-    data (M, *event_shape) on which the best params are chosen, or the share of x to hold out for that, 0 for none.
-
-    A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
-    network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
-    elsewhere none of the three. Below 10 rows, and of a stream, none are held out. `check_every` is 100 steps with
-    validation data and 500 without. See `training.Settings` for the rest and `training.train` for checkpoints.
-    Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
-    """
-    if isinstance(x, Stream):
-        if x.shape[1:] != d.event_shape:
-            raise ValueError(f"x is a stream of shape {x.shape}; this diffusion has event_shape {d.event_shape}")
-        if not isinstance(d, GaussianDiffusion):
-            raise TypeError("x is a stream, of floating-point numbers; this diffusion wants bits")
-    else:
-        x = d.family.checked(x, "x", minimum=2)
-    num_rows = x.shape[0]
-    if batch_size is not None and batch_size > num_rows:
-        raise ValueError(f"batch_size is {batch_size}; x has {num_rows} rows")
-    few = num_rows < _ROWS_PER_FEATURE * math.prod(d.event_shape)
-    rng_key = check_key(rng_key)
-    if validation is None and few and not isinstance(x, Stream) and round(_HELD_OUT * num_rows) >= 2:
-        validation = _HELD_OUT
-    data: np.ndarray | Stream
-    if isinstance(x, Stream):
-        loc, scale = x.moments()
-        data, held_out = x.standardised(loc, scale), _held_out_of_stream(d, x, validation)
-    else:
-        loc, scale = d.family.units(x)
-        kept, held_out = _hold_out(d, x, validation, rng_key)
-        data = _to_chain(d, kept, loc, scale)
-    patience = 20 if few and held_out is not None and patience is None else patience
-    if patience is not None and held_out is None:
-        raise ValueError("patience wants validation data to watch; pass validation=")
-    settings = training.Settings(
-        num_steps,
-        min(512 if batch_size is None else batch_size, data.shape[0]),
-        num_chains,
-        objective,
-        learning_rate,
-        gradient_clip,
-        check_every if check_every is not None else 500 if held_out is None else 100,
-        patience,
-        few if dropout is None else dropout,
-        times,
-    )
-    trained = training.train(
-        d,
-        data,
-        settings,
-        rng_key=rng_key,
-        units=(loc, scale),
-        validation=None if held_out is None else _to_chain(d, held_out, loc, scale),
-        checkpoint_dir=checkpoint_dir,
-        resume=resume,
-        progress_bar=progress_bar,
-        mesh=mesh,
-    )
-    log_det = float(np.log(scale).sum())
-    return Fit(d, trained.params, trained.losses + log_det, trained.validation - log_det, loc, scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +78,7 @@ class Fit:
     @cached_property
     def noise_levels(self) -> NoiseLevels:
         """The noise levels of every chain, each leaf with the leading axis."""
-        levels = [handlers.substitute(self.diffusion.schedule, data=self._of(c))() for c in range(self.num_chains)]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *levels)
+        return noise_levels(self.diffusion, self.stacked_params, self.num_chains)
 
     @property
     def best(self) -> int:
@@ -200,7 +109,7 @@ class Fit:
         times = range(self.diffusion.num_timesteps + 1) if paths else [0]
         keys = jax.random.split(check_key(rng_key), self.num_chains)
         draws = np.stack(
-            [diagnostics.reverse_draws(self.diffusion, self._of(c), keys[c], n, times) for c in range(self.num_chains)]
+            [reverse_draws(self.diffusion, self._of(c), keys[c], n, times) for c in range(self.num_chains)]
         )
         draws = draws if paths else draws[:, :, 0]
         if not np.issubdtype(draws.dtype, np.floating):  # bits have no units
@@ -212,23 +121,23 @@ class Fit:
         if self.num_chains > 1:
             raise ValueError(f"this fit has {self.num_chains} chains; choose one, such as fit.chain(fit.best).prior()")
         of_chain = self.diffusion.prior(self.params)
-        if not self.diffusion.family.reparametrised:  # bits have no units
+        if self.diffusion.family.support.is_discrete:  # bits have no units
             return of_chain
         return lambda *, stacked=False: self.loc + self.scale * of_chain(stacked=stacked)
 
     def elbo_parts(self, x: ArrayLike, *, rng_key: Key, num_draws: int = 8) -> ELBOParts:
-        """The parts of the ELBO per datum, nats, in the data's own units; see `likelihood.ELBOParts`.
+        """The parts of the ELBO per datum, nats, in the data's own units; see `ELBOParts`.
 
         The log-determinant is in the reconstruction. Raises as `log_likelihood`.
         """
         check_count(num_draws, "num_draws", 2)
         x_0, keys = self.standardise(x), jax.random.split(check_key(rng_key), self.num_chains)
         chains = [
-            likelihood.elbo_draws(self.diffusion, self._of(c), x_0, rng_key=keys[c], num_draws=num_draws)[0]
+            elbo_draws(self.diffusion, self._of(c), x_0, rng_key=keys[c], num_draws=num_draws)[0]
             for c in range(self.num_chains)
         ]
-        prior, steps, first = (self._squeeze(np.stack([getattr(c, name) for c in chains])) for name in likelihood.PARTS)
-        return ELBOParts(prior, steps, first - np.log(self.scale).sum())
+        terminal, steps, first = (self._squeeze(np.stack([getattr(c, name) for c in chains])) for name in PARTS)
+        return ELBOParts(terminal, steps, first - np.log(self.scale).sum())
 
     def log_likelihood(
         self,
@@ -244,11 +153,11 @@ class Fit:
         | `method` | kind | what |
         |---|---|---|
         | "elbo" | lower bound | K of N17: closed-form KLs, `num_draws` draws of x_t for each t |
-        | "iwae" | lower bound | `num_particles` whole paths from q; k̂ of their weights; `particles.iwae` |
-        | "smc" | estimate | `num_draws` twisted filters of `num_particles`; `particles.smc` |
-        | "upper" | upper bound | x are paths (N, T+1, *event_shape) of `sample(..., paths=True)`; `particles.upper` |
-        | "ode" | estimate | of a Gaussian chain's flow; a lower bound of it beyond 16 features; `flow.ode` |
-        | "exact" | exact | linear-Gaussian chains, one dimension, up to 12 bits; needs no rng_key; `exact.exact` |
+        | "iwae" | lower bound | `num_particles` whole paths from q; k̂ of their weights; `iwae` |
+        | "smc" | estimate | `num_draws` twisted filters of `num_particles`; `smc` |
+        | "upper" | upper bound | x are paths (N, T+1, *event_shape) of `sample(..., paths=True)`; `upper` |
+        | "ode" | estimate | of a Gaussian chain's flow; a lower bound of it beyond 16 features; `ode` |
+        | "exact" | exact | linear-Gaussian chains, one dimension, up to 12 bits; needs no rng_key; `exact` |
 
         Raises `ValueError` or `TypeError` for an x of another shape, of integers, or with entries that are not finite,
         for counts below 2 (3 particles for "upper"), and for a chain that "exact" cannot do.
@@ -263,14 +172,14 @@ class Fit:
         else:
             x_0 = np.broadcast_to(self.standardise(x), (C, *np.shape(x)))
         if method == "exact":
-            results = [exact.exact(d, self._of(c), x_0[c]) for c in range(C)]
+            results = [exact(d, self._of(c), x_0[c]) for c in range(C)]
         else:
             run = {
-                "elbo": partial(likelihood.elbo, num_draws=num_draws),
-                "iwae": partial(particles.iwae, num_particles=num_particles),
-                "smc": partial(particles.smc, num_particles=num_particles, num_draws=num_draws),
-                "upper": partial(particles.upper, num_particles=num_particles),
-                "ode": partial(flow.ode, num_draws=num_draws),
+                "elbo": partial(elbo, num_draws=num_draws),
+                "iwae": partial(iwae, num_particles=num_particles),
+                "smc": partial(smc, num_particles=num_particles, num_draws=num_draws),
+                "upper": partial(upper, num_particles=num_particles),
+                "ode": partial(ode, num_draws=num_draws),
             }[method]
             keys = jax.random.split(check_key(rng_key), C)
             results = [run(d, self._of(c), x_0[c], rng_key=keys[c]) for c in range(C)]
@@ -286,7 +195,17 @@ class Fit:
         self, x: ArrayLike, *, rng_key: Key, num_draws: int = 500, features: Sequence[str] | None = None
     ) -> xr.DataTree:
         """The fit and what it says of x (N, *event_shape) as a `DataTree` for ArviZ; see `diagnostics.to_datatree`."""
-        return diagnostics.to_datatree(self, x, rng_key=check_key(rng_key), num_draws=num_draws, features=features)
+        return to_datatree(
+            self.diffusion,
+            self.stacked_params,
+            x,
+            losses=self.stacked_losses,
+            loc=self.loc,
+            scale=self.scale,
+            rng_key=check_key(rng_key),
+            num_draws=num_draws,
+            features=features,
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the fit to one .npz file, whole or not at all; `Fit.load` reads it. Raises `OSError`."""
@@ -303,7 +222,7 @@ class Fit:
                 loc=self.loc,
                 scale=self.scale,
                 event_shape=self.diffusion.event_shape,
-                **self.diffusion.family.options,
+                **family_options(self.diffusion.family),
                 beta=np.asarray(self.noise_levels.beta),
                 **leaves,  # type: ignore[arg-type]  # no leaf is called allow_pickle
             )
@@ -318,7 +237,7 @@ class Fit:
             raise ValueError(f"{path} does not exist") from None
         except Exception as error:  # a damaged archive fails in many ways
             raise ValueError(f"{path} could not be read as a fit: {error}") from error
-        options = d.family.options
+        options = family_options(d.family)
         if not {"names", "beta", "event_shape", *options, "losses", "validation", "loc", "scale"} <= set(arrays):
             raise ValueError(f"{path} could not be read as a fit: it holds other arrays")
         for name, mine in (("event_shape", list(d.event_shape)), *options.items()):
@@ -345,14 +264,14 @@ class Fit:
         return fit
 
     def _of(self, c: int) -> Params:
-        return training.chain(self.stacked_params, c)
+        return one_fit(self.stacked_params, c)
 
     def _squeeze(self, leaf: Any) -> Any:
         return leaf[0] if self.num_chains == 1 else leaf
 
     def standardise(self, x: ArrayLike, name: str = "x") -> np.ndarray:
         """x in the chain's own units, checked."""
-        return _to_chain(self.diffusion, self.diffusion.family.checked(x, name), self.loc, self.scale)
+        return to_chain(self.diffusion, self.diffusion.checked(x, name), self.loc, self.scale)
 
     def _standardise_paths(self, x: ArrayLike) -> np.ndarray:
         """x_0…x_T in the chain's own units, (C, N, T+1, *event_shape), checked."""
@@ -365,35 +284,6 @@ class Fit:
                 f'x has shape {np.shape(x)}; method "upper" wants whole paths x_0…x_T drawn from the fit, ({wanted}), '
                 "as sample(rng_key, N, paths=True) gives them"
             )
-        check = self.diffusion.family.checked
+        check = self.diffusion.checked
         paths = [np.stack([check(one[:, t], f"x at t = {t}") for t in range(shape[0])], axis=1) for one in array]
-        return _to_chain(self.diffusion, np.stack(paths), self.loc, self.scale)
-
-
-def _to_chain(d: Diffusion, x: np.ndarray, loc: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return ((x - loc) / scale).astype(d.family.dtype)
-
-
-def _held_out_of_stream(d: Diffusion, x: Stream, validation: ArrayLike | float | None) -> np.ndarray | None:
-    if validation is None or (not np.ndim(validation) and float(np.asarray(validation)) == 0):
-        return None
-    if not np.ndim(validation):
-        raise ValueError(f"validation is {validation}; of a stream no share is held out: give rows of data")
-    return d.family.checked(validation, "validation")
-
-
-def _hold_out(
-    d: Diffusion, data: np.ndarray, validation: ArrayLike | float | None, rng_key: Key
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The rows to fit and those held out, if any: `validation` itself, or a share of the data drawn at random."""
-    if validation is None:
-        return data, None
-    if np.ndim(validation):
-        return data, d.family.checked(validation, "validation")
-    share = float(np.asarray(validation))
-    if not 0 <= share < 1:
-        raise ValueError(f"validation is {share}; it must be data, or a share of x from 0 to less than 1")
-    if share == 0:
-        return data, None
-    parts = split(data, (), jax.random.fold_in(rng_key, 1), share)
-    return parts.train, parts.test
+        return to_chain(self.diffusion, np.stack(paths), self.loc, self.scale)

@@ -9,15 +9,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # most of the time of the tests is compilation
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-
-from probdiff import Fit, GaussianDiffusion, networks, schedules
-
-UNEVEN_BETA = np.array([0.03, 0.11, 0.07, 0.3, 0.24])  # not symmetric in t
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,87 +24,3 @@ def compiled():
 def x64():
     with jax.enable_x64(True):
         yield
-
-
-class Linear(eqx.Module):
-    """Outputs linear in x_t and in the log-SNR: the reverse chain is linear and Gaussian."""
-
-    matrix: jax.Array
-    slope: jax.Array
-    bias: jax.Array
-
-    def __call__(self, x_t, log_snr):
-        return jnp.pad(self.matrix @ jnp.ravel(x_t), (0, self.bias.size - self.matrix.shape[0])) + (
-            self.bias + self.slope * log_snr
-        )
-
-
-def linear_diffusion(covariance, num_features=2, seed=0, schedule=None):
-    """A linear-Gaussian diffusion with random coefficients."""
-    rng = np.random.default_rng(seed)
-    outputs = num_features * {"fixed": 1, "diagonal": 2, "full": 2}[covariance]
-    outputs += num_features * (num_features - 1) // 2 if covariance == "full" else 0
-    network = Linear(
-        jnp.asarray(0.4 * rng.normal(size=(num_features, num_features))),
-        jnp.asarray(0.1 * rng.normal(size=outputs)),
-        jnp.asarray(0.3 * rng.normal(size=outputs)),
-    )
-    return GaussianDiffusion((num_features,), schedule or schedules.Fixed(UNEVEN_BETA), network, covariance)
-
-
-def mlp_diffusion(covariance="full", schedule=None, event_shape=(2,), width=8, depth=1):
-    schedule = schedule or schedules.LearnedBetas(len(UNEVEN_BETA), UNEVEN_BETA)
-    return GaussianDiffusion(event_shape, schedule, networks.ResidualMLP(width, depth), covariance)
-
-
-def random_params(d, seed=0):
-    """Params of a diffusion, the network's jittered so that no output is zero."""
-    params = d.initial_params(jax.random.key(seed))
-    rng = np.random.default_rng(seed)
-    network = params["network$params"]
-    params["network$params"] = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.asarray(rng.normal(size=leaf.shape)), network)
-    return params
-
-
-def fit_of(d, params, loc=0.0, scale=1.0):
-    """A fit of one chain with these params, as they are."""
-    stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], params)
-    loc, scale = (np.broadcast_to(a, d.event_shape).astype(float) for a in (loc, scale))
-    return Fit(d, stacked, np.zeros((1, 1)), np.zeros((1, 0)), loc, scale)
-
-
-def path_gaussian(d, params):
-    """Mean and covariance of (x_T, …, x_0) under p for a linear-Gaussian diffusion, by recursion in NumPy."""
-    module, beta = d.network, np.asarray(params.get("beta", getattr(d.schedule, "beta", None)), np.float64)
-    T, D = d.num_timesteps, d.event_shape[0]
-    alpha_bar = np.concatenate([[1.0], np.cumprod(1 - beta)])
-    mean, cov = np.zeros((T + 1) * D), np.zeros(((T + 1) * D, (T + 1) * D))
-    cov[:D, :D] = np.eye(D)
-    for i, t in enumerate(range(T, 0, -1)):
-        log_snr = np.log(alpha_bar[t] / (1 - alpha_bar[t]))
-        outputs = np.asarray(module.bias, np.float64) + np.asarray(module.slope, np.float64) * log_snr
-        to_x_0 = np.sqrt(alpha_bar[t - 1]) * beta[t - 1] / (1 - alpha_bar[t])
-        to_x_t = np.sqrt(1 - beta[t - 1]) * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])
-        x_0_hat = np.sqrt(alpha_bar[t]) * np.eye(D) + np.sqrt(1 - alpha_bar[t]) * np.asarray(module.matrix, np.float64)
-        matrix = to_x_0 * x_0_hat + to_x_t * np.eye(D)
-        shift = to_x_0 * np.sqrt(1 - alpha_bar[t]) * outputs[:D]
-        scale = kernel_scale(outputs, beta[t - 1], (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]), D, d.covariance)
-        now, before = slice((i + 1) * D, (i + 2) * D), slice(i * D, (i + 1) * D)
-        mean[now] = matrix @ mean[before] + shift
-        cov[now, : (i + 1) * D] = matrix @ cov[before, : (i + 1) * D]
-        cov[: (i + 1) * D, now] = cov[now, : (i + 1) * D].T
-        cov[now, now] = matrix @ cov[before, before] @ matrix.T + scale @ scale.T
-    return mean, cov
-
-
-def kernel_scale(outputs, beta, rho, D, covariance):
-    """The Cholesky factor of f_Σ, written out entry by entry."""
-    if covariance == "fixed":
-        return np.sqrt(beta) * np.eye(D)
-    factor = np.diag([np.sqrt(rho + (1 - rho) * np.exp(16 * np.tanh(outputs[D + i] / 8))) for i in range(D)])
-    if covariance == "full":
-        entries = iter(outputs[2 * D :])
-        for i in range(D):
-            for j in range(i):
-                factor[i, j] = (1 - rho) * next(entries)
-    return np.sqrt(beta) * factor

@@ -10,7 +10,16 @@ import numpyro
 import optax
 import pytest
 import scipy.stats
-from conftest import UNEVEN_BETA, kernel_scale, linear_diffusion, mlp_diffusion, path_gaussian, random_params
+from helpers.diffusions import (
+    UNEVEN_BETA,
+    exact_elbo,
+    kernel_scale,
+    linear_diffusion,
+    mlp_diffusion,
+    path_gaussian,
+    random_linear,
+    random_params,
+)
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.reparam import LocScaleReparam
@@ -95,27 +104,6 @@ def test_linear_chain_is_the_dense_normal_of_the_whole_path(covariance):
     expected = scipy.stats.multivariate_normal.logpdf(values[::-1].ravel(), mean, cov)
     got, _ = log_density(d.reverse, (jnp.asarray(values[0]),), {}, {**params, **sites(values, False, range(T, 0, -1))})
     assert got == pytest.approx(expected, rel=1e-9)
-
-
-def random_linear(d):
-    return {"network$params": eqx.partition(d.network, eqx.is_inexact_array)[0]}
-
-
-def exact_elbo(d, x_0, beta=UNEVEN_BETA):
-    """N17 for a linear-Gaussian chain and one datum, from the two dense normals."""
-    D, alpha_bar = x_0.size, np.concatenate([[1], np.cumprod(1 - beta)])
-    mean_p, cov_p = path_gaussian(d, {"beta": beta})
-    s, t = np.meshgrid(np.arange(1, T + 1), np.arange(1, T + 1))
-    low, high = np.minimum(s, t), np.maximum(s, t)
-    cov_t = np.sqrt(alpha_bar[high] / alpha_bar[low]) * (1 - alpha_bar[low])  # Cov(x_s, x_t given x_0)
-    order = np.arange(T)[::-1]
-    cov_q = np.zeros_like(cov_p)
-    cov_q[: T * D, : T * D] = np.kron(cov_t[np.ix_(order, order)], np.eye(D))
-    mean_q = np.concatenate([np.sqrt(alpha_bar[t]) * x_0 for t in range(T, -1, -1)])
-    cross = scipy.stats.multivariate_normal.logpdf(mean_q, mean_p, cov_p) - 0.5 * np.trace(
-        np.linalg.solve(cov_p, cov_q)
-    )
-    return cross + scipy.stats.multivariate_normal(mean_q[: T * D], cov_q[: T * D, : T * D]).entropy()
 
 
 PAIRS = {

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import xarray as xr
-from conftest import mlp_diffusion
+from helpers.diffusions import mlp_diffusion
 from scipy.spatial.distance import cdist
 
 import probdiff
-from probdiff import datasets, diagnostics, particles, plots
+from probdiff import datasets, diagnostics, plots, psis
 
 mpl.use("agg")
 KEY = jax.random.key(0)
@@ -193,13 +193,13 @@ def test_pareto_k_tells_light_tails_from_heavy_ones_and_takes_equal_weights():
 def test_pareto_k_takes_ties_for_ties_only_and_weights_of_zero():
     """Dense smooth weights are left as they are; a weight of zero stays zero, and warns of nothing."""
     log_w = np.random.default_rng(0).normal(size=(2, 3000)) * 5e-3
-    np.testing.assert_array_equal(particles._without_ties(log_w), log_w)
+    np.testing.assert_array_equal(psis._without_ties(log_w), log_w)
     tied = np.repeat(np.random.default_rng(1).normal(size=(1, 300)), 10, axis=1)
-    assert len(np.unique(particles._without_ties(tied))) == 3000
+    assert len(np.unique(psis._without_ties(tied))) == 3000
     zero = np.where(np.arange(3000) == 7, -np.inf, np.repeat(log_w[:1, :300], 10, axis=1))
-    spread = particles._without_ties(zero)
+    spread = psis._without_ties(zero)
     assert spread[0, 7] == -np.inf
-    np.testing.assert_array_equal(np.delete(spread, 7, 1), particles._without_ties(np.delete(zero, 7, 1)))
+    np.testing.assert_array_equal(np.delete(spread, 7, 1), psis._without_ties(np.delete(zero, 7, 1)))
 
 
 @pytest.mark.parametrize("most", [-1.0, 0.0, 1.0, 1.5])

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import fit_of, mlp_diffusion
+from helpers.diffusions import fit_of, mlp_diffusion
 
 import probdiff
-from probdiff import Fit, datasets, networks, schedules, training
+from probdiff import Fit, datasets, networks, schedules
 
 KEY = jax.random.key(0)
 LOC, SCALE = np.array([100.0, -3.0]), np.array([20.0, 0.01])
@@ -120,7 +120,7 @@ def handed_over(monkeypatch):
     def stop(d, x, settings, **options):
         raise HandedOver(x, settings, options["validation"])
 
-    monkeypatch.setattr(training, "train", stop)
+    monkeypatch.setattr("probdiff.fitting.fit.train", stop)
 
     def hand_over(data, **options):
         with pytest.raises(HandedOver) as caught:

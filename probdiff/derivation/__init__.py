@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from numpyro.infer import TraceMeanField_ELBO
 
 from probdiff.chains import Diffusion
-from probdiff.datasets import check_bits, check_data
+from probdiff.checks import check_bits, check_data, check_key
 from probdiff.derivation import bound_rows, chain_rows
 from probdiff.derivation.bits import PairOfBits
 from probdiff.derivation.evidence import Evidence, Family, Finding, NotApplicable, Wrong
@@ -20,9 +20,21 @@ from probdiff.derivation.gradient import jittered
 from probdiff.derivation.ledger import Comparison, Ledger, Row, Verdict
 from probdiff.derivation.pair import Pair, Program, supports
 from probdiff.derivation.statements import Statement
-from probdiff.types import Key, Params, check_key
+from probdiff.reference import feller, oracle, oracle_of_bits
+from probdiff.types import Key, Params
 
-__all__ = ["Comparison", "Ledger", "Row", "Statement", "check", "forms", "typical_params"]
+__all__ = [
+    "Comparison",
+    "Ledger",
+    "Row",
+    "Statement",
+    "check",
+    "feller",
+    "forms",
+    "oracle",
+    "oracle_of_bits",
+    "typical_params",
+]
 
 # what computes each row, and the rows that it cannot do without, in an order in which all can be computed;
 # "q" and "p" stand for a chain that has the right sites

@@ -6,9 +6,8 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
 from probdiff.derivation.pair import kernel_base
-from probdiff.derivation.quadrature import states
+from probdiff.reference.quadrature import MOST_BITS, states
 
-MOST_BITS = 12  # of a kernel whose states are enumerated
 _MOST_LOG_ODDS = 1000.0  # in place of those of a rate that is zero or one
 
 type Parts = tuple[Float[Array, "N M"], Float[Array, "N M D"]]

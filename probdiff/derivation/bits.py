@@ -10,16 +10,16 @@ from jaxtyping import Array, Float
 from scipy import stats
 from scipy.special import log_expit, logsumexp, rel_entr
 
-from probdiff.derivation import flips
-from probdiff.derivation.bernoulli import MOST_BITS, log_odds_of_product, mixture_parts, moments
+from probdiff.derivation.bernoulli import log_odds_of_product, mixture_parts, moments
 from probdiff.derivation.evidence import Evidence, Moments, NotApplicable, Wrong
 from probdiff.derivation.gradient import directions
 from probdiff.derivation.ledger import Comparison, bernstein, machine
 from probdiff.derivation.pair import Chain, Path, log_probs_in_blocks
-from probdiff.derivation.quadrature import states
 from probdiff.derivation.score import MeanSlope, enumerated_elbo, gradient_draws, reweighted_elbo
 from probdiff.derivation.statements import STATEMENTS_OF_BITS
-from probdiff.derivation.two_state import TwoStateChain
+from probdiff.reference import flips
+from probdiff.reference.quadrature import MOST_BITS, states
+from probdiff.reference.two_state import TwoStateChain
 from probdiff.types import Key, Params
 
 _ENUMERATED = 10  # of a chain whose states are enumerated

@@ -9,8 +9,8 @@ from scipy.special import logsumexp
 
 from probdiff.derivation.evidence import Evidence, Finding, NotApplicable, Wrong, stray_dependencies
 from probdiff.derivation.ledger import Comparison, compare, machine, monte_carlo
-from probdiff.derivation.linear import dense, normal_log_prob
 from probdiff.derivation.pair import Chain
+from probdiff.reference.linear_gaussian import dense, normal_log_prob
 
 _DENSE = 400  # dimensions of the largest dense normal
 

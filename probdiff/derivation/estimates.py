@@ -7,7 +7,7 @@ import xarray as xr
 from jaxtyping import Float
 from scipy.special import logsumexp
 
-from probdiff import diagnostics
+from probdiff.psis import pareto_k
 
 _TRUSTED_K = 0.5  # below it, a mean of weights has a variance
 _TRUSTED_SIZE = 40  # effective draws from which the mean of skewed weights is nearly normal
@@ -56,7 +56,7 @@ def from_draws(route: str, log_draws: Float[np.ndarray, "S N"]) -> Estimate:
     """The mean of one half of draws of p(x_0), of which these are the logarithms, with k̂ of the other half."""
     half, other = log_draws[::2], log_draws[1::2]
     log_p = logsumexp(half, axis=0) - np.log(len(half))
-    k = diagnostics.pareto_k(xr.DataArray(other, dims=("draw", "datum"))).to_numpy()
+    k = pareto_k(xr.DataArray(other, dims=("draw", "datum"))).to_numpy()
     return Estimate(route, log_p, influence=np.exp(half - log_p) - 1, pareto_k=k)
 
 

@@ -9,14 +9,14 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from scipy import stats
 
-from probdiff.derivation import feller
 from probdiff.derivation.evidence import Evidence, Moments, Wrong
 from probdiff.derivation.ledger import Comparison, machine, monte_carlo
-from probdiff.derivation.linear import LinearChain, forward_covariance, normal_kl
 from probdiff.derivation.pair import Chain, moments
-from probdiff.derivation.quadrature import line
 from probdiff.derivation.score import MeanSlope
 from probdiff.derivation.statements import STATEMENTS
+from probdiff.reference import feller
+from probdiff.reference.linear_gaussian import LinearChain, forward_covariance, normal_kl
+from probdiff.reference.quadrature import line
 from probdiff.types import Key, Params
 
 type Kernels = tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, np.ndarray]]

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import probdiff
-from probdiff import derivation, networks, schedules, training
+from probdiff import derivation, networks, schedules
+from probdiff.fitting import loop as training
 from tests.benchmarks.timing import alternate, report, spread
 
 D, T = 64, 1000

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff import training
+from probdiff.fitting import loop as training
 from tests.benchmarks.overhead import diffusion
 from tests.benchmarks.timing import alternate, report, spread
 

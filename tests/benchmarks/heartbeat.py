@@ -16,7 +16,7 @@ from scipy import stats
 
 import probdiff
 from probdiff import datasets, networks, schedules
-from probdiff.derivation.oracle_of_bits import best_terms
+from probdiff.reference.oracle_of_bits import best_terms
 from tests.benchmarks.timing import report
 
 RUNS = [

@@ -18,14 +18,15 @@ import optax
 from numpyro.infer import SVI, Trace_ELBO
 
 import probdiff
-from probdiff import datasets, networks, particles, schedules
+from probdiff import datasets, networks, schedules
+from probdiff.likelihood import paths
 from tests.benchmarks.timing import report, spread
 
 TARGETS = {10: 0.10, 40: 0.05}
 
 
 def gap(d, params, held_out, exact):
-    log_w = particles.log_importance_weights(d, params, held_out, rng_key=jax.random.key(9), num_draws=2)
+    log_w = paths.log_importance_weights(d, params, held_out, rng_key=jax.random.key(9), num_draws=2)
     return float((exact - log_w.mean(0)).mean())
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from numpyro import handlers
 
 import probdiff
-from probdiff import datasets, likelihood, networks, schedules
-from probdiff.derivation import oracle
+from probdiff import datasets, networks, schedules
+from probdiff.likelihood import elbo as likelihood
+from probdiff.reference import oracle
 
 STARTS = {
     "default": lambda T: None,

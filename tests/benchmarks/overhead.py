@@ -14,7 +14,8 @@ import numpy as np
 from numpyro import handlers
 
 import probdiff
-from probdiff import networks, schedules, training
+from probdiff import networks, schedules
+from probdiff.fitting import loop as training
 from tests.benchmarks import bare
 from tests.benchmarks.timing import alternate, report, spread
 

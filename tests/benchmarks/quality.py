@@ -41,15 +41,14 @@ def chain(seed, num_steps):
     import jax
 
     import probdiff
-    from probdiff import networks, particles, schedules
+    from probdiff import networks, schedules
+    from probdiff.likelihood import paths
 
     train, test, exact = data(seed)
     d = probdiff.GaussianDiffusion((2,), schedules.LearnedBetas(100), networks.ResidualMLP(64, 3), "full")
     fit = probdiff.fit(d, train, rng_key=jax.random.key(seed), num_steps=num_steps, batch_size=1024, progress_bar=False)
     seconds = time.perf_counter() - START
-    log_w = particles.log_importance_weights(
-        d, fit.params, fit.standardise(test), rng_key=jax.random.key(7), num_draws=4
-    )
+    log_w = paths.log_importance_weights(d, fit.params, fit.standardise(test), rng_key=jax.random.key(7), num_draws=4)
     import numpy as np
 
     return seconds, exact - (log_w.mean(0) - np.log(fit.scale).sum())

@@ -24,8 +24,9 @@ import numpy as np
 import pandas as pd
 
 import probdiff
-from probdiff import datasets, networks, particles, schedules
+from probdiff import datasets, networks, schedules
 from probdiff.files import atomic_write
+from probdiff.likelihood import paths
 
 RESULTS = Path(__file__).with_suffix(".json")
 DATA = {"swiss-roll": datasets.SwissRoll(0.5), "8-gaussians": datasets.eight_gaussians()}
@@ -66,7 +67,7 @@ def trials(name):
 def bound(fit, c, x, rng_key, num_draws):
     """Σ_s log w_s / S for each datum, in the data's units."""
     one = fit.chain(c) if fit.num_chains > 1 else fit
-    log_w = particles.log_importance_weights(
+    log_w = paths.log_importance_weights(
         one.diffusion, one.params, one.standardise(x), rng_key=rng_key, num_draws=num_draws
     )
     return log_w.mean(0) - np.log(fit.scale).sum()

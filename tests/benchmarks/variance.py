@@ -6,7 +6,7 @@ Every way takes 512 network evaluations a step, and the same time. Σ over param
 the network's params and for the schedule's, over that of independent uniform times; bootstrap range of nine tenths.
 
 - `even`: one uniform draw shifts an even grid over 1…T; what `reverse_at_time` does.
-- `weighted`: an even grid through `likelihood.time_probs`, p(t) ∝ √E[L_t²] of the loss at t, a tenth of it uniform, and
+- `weighted`: an even grid through `times.time_probs`, p(t) ∝ √E[L_t²] of the loss at t, a tenth of it uniform, and
   weights 1/(T·p(t)); what `fit` does.
 - `by gradient`: the same with p(t) ∝ √E‖∇L_t‖² of the network's gradient, the best that weights can do for it.
 - `4 a datum`, `T a datum`: even, on 512/4 data with four times each, or 512/T data with all times.
@@ -20,7 +20,8 @@ from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
 
 import probdiff
-from probdiff import datasets, likelihood, networks, schedules
+from probdiff import datasets, networks, schedules
+from probdiff.fitting import times
 from tests.benchmarks.timing import report
 
 BATCH, DRAWS = 512, 400
@@ -91,7 +92,7 @@ def measure(d, x, params, key):
 
     by_gradient = np.sqrt([square(t, jax.random.fold_in(key, int(t))) for t in jnp.arange(1, T + 1)])
     probabilities = {
-        "weighted": likelihood.time_probs(d, params, x, len(x), key),
+        "weighted": times.time_probs(d, params, x, len(x), key),
         "by gradient": 0.9 * by_gradient / by_gradient.sum() + 0.1 * uniform,
     }
     rows = {}

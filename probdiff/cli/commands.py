@@ -1,0 +1,259 @@
+"""The command line: `probdiff fit`, `report`, `sample`, `impute` and `check`."""
+
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import pandas as pd
+import typer
+from numpyro import handlers
+
+from probdiff import datasets, derivation, families, networks, schedules
+from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
+from probdiff.checks import check_count
+from probdiff.cli.processes import start_processes
+from probdiff.cli.run import SCHEDULES, Run, described, digest
+from probdiff.files import atomic_write
+from probdiff.fitting import devices
+from probdiff.fitting.fit import fit as fit_diffusion
+from probdiff.posterior.imputation import NUM_FILTERS
+from probdiff.posterior.imputation import impute as impute_table
+
+app = typer.Typer(
+    help="Diffusion probabilistic models as NumPyro programs.", rich_markup_mode=None, pretty_exceptions_enable=False,
+    add_completion=False, no_args_is_help=True,
+)  # fmt: skip
+
+_DATA = (
+    "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file; of bits heartbeat, "
+    "binary-digits, or a file with --binary"
+)
+_PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 20 for real data, 0 else]"
+_COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features with 100 rows for each, diagonal else]"
+_SCHEDULE = f"{', '.join(SCHEDULES)} [default: learned-betas, of bits harmonic]"
+_PROCESSES = "processes that share the fit, started here; 0: this is one of those that SLURM or Open MPI started"
+
+
+@app.command()
+def fit(
+    data: Annotated[str, typer.Argument(help=_DATA)] = "swiss-roll",
+    out: Annotated[Path | None, typer.Option(help="run folder [default: runs/DATA]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in the folder stopped")] = False,
+    columns: Annotated[str | None, typer.Option(help="columns of a file to use, separated by commas")] = None,
+    dequantise: Annotated[bool, typer.Option("--dequantise", help="add uniform noise to integer data")] = False,
+    binary: Annotated[bool, typer.Option("--binary", help="the file holds bits, 0 or 1")] = False,
+    test_fraction: Annotated[float, typer.Option(help="rows of real data that are held out")] = 0.2,
+    noise: Annotated[float, typer.Option(help="noise of the swiss roll")] = 0.5,
+    num_timesteps: Annotated[int | None, typer.Option(help="T [default: 40, of bits 200]")] = None,
+    schedule: Annotated[str | None, typer.Option(help=_SCHEDULE)] = None,
+    covariance: Annotated[families.Covariance | None, typer.Option(help=_COVARIANCE)] = None,
+    base_rate: Annotated[float, typer.Option(help="of bits: π, the rate of x_T")] = 0.5,
+    components: Annotated[int, typer.Option(help="of bits: products of Bernoullis that a reverse kernel mixes")] = 1,
+    width: Annotated[int, typer.Option(help="units of each block of the network")] = 128,
+    depth: Annotated[int, typer.Option(help="blocks of the network")] = 3,
+    num_steps: Annotated[int, typer.Option(help="steps of SVI")] = 20_000,
+    batch_size: Annotated[int | None, typer.Option(help="data to a step [default: 512, or all if fewer]")] = None,
+    learning_rate: Annotated[float, typer.Option(help="of Adam, at the start")] = 2e-3,
+    patience: Annotated[int | None, typer.Option(help=_PATIENCE)] = None,
+    num_chains: Annotated[int, typer.Option(help="independent fits")] = 2,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    processes: Annotated[int, typer.Option(help=_PROCESSES)] = 1,
+) -> None:  # fmt: skip
+    """Fit a diffusion, and leave a run folder with figures, a table and an ArviZ file."""
+    options = {name: value for name, value in locals().items() if name not in ("out", "resume", "processes")}
+    of_bits = binary or data in datasets.BITS
+    options["num_timesteps"] = (200 if of_bits else 40) if num_timesteps is None else num_timesteps
+    options["schedule"] = schedule or ("harmonic" if of_bits else "learned-betas")
+    if processes < 0:
+        raise ValueError(f"--processes is {processes}; it must be 1 or more, or 0 for one of those started elsewhere")
+    if processes != 1 and not jax.distributed.is_initialized():
+        if processes:
+            raise typer.Exit(start_processes(processes))
+        jax.distributed.initialize()
+    first = jax.process_index() == 0
+    run = Run(out or Path("runs") / Path(data).stem, options)
+    d, data_split = run.prepare()
+    devices.from_first_process(lambda: run.check_free(resume))
+    train, patience_chosen = data_split.train, run.patience(data_split)
+    if first:
+        print(
+            f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
+            f"T = {d.num_timesteps}, {options['schedule']}, {described(d)}, {num_chains} chain(s)",
+            flush=True,
+        )
+    start = time.perf_counter()
+    fitted = fit_diffusion(
+        d,
+        train,
+        rng_key=jax.random.key(seed),
+        num_steps=num_steps,
+        batch_size=batch_size,
+        num_chains=num_chains,
+        learning_rate=learning_rate,
+        validation=0.15 if patience_chosen else 0.0,
+        patience=patience_chosen or None,
+        checkpoint_dir=run.folder / "checkpoints",
+        resume=resume,
+    )
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # the first process evaluates alone
+    if not first:
+        return
+    fitted.save(run.folder / "fit.npz")
+    options["held out"] = digest(data_split.test)
+    with atomic_write(run.folder / "run.json") as file:
+        file.write_text(json.dumps(options, indent=1))
+    run.report(fitted, data_split, fitting=time.perf_counter() - start)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+    """Evaluate a fitted run again: its table, its figures and its ArviZ file."""
+    opened = Run.open(run)
+    d, data_split = opened.prepare()
+    if opened.options["held out"] != digest(data_split.test):
+        raise ValueError(f"{opened.options['data']} has changed since the fit, so its held-out rows are not known")
+    opened.report(opened.load(d), data_split)
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    out: Annotated[Path, typer.Option(help=".npy, .csv or .parquet file to write")],
+    n: Annotated[int, typer.Option("-n", "--num-samples", help="how many")] = 1000,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
+) -> None:
+    """Draw x_0 from a fitted run by ancestral sampling, in the data's own units."""
+    if out.suffix not in datasets.READERS:
+        raise ValueError(f"--out is {out}; it must end in {', '.join(datasets.READERS)}")
+    opened = Run.open(run)
+    d, data_split = opened.prepare()
+    fitted = opened.load(d)
+    chosen = fitted.best if chain is None else chain
+    draws = fitted.chain(chosen).sample(jax.random.key(seed), n)
+    with atomic_write(out) as file:
+        frame = pd.DataFrame(draws, columns=list(data_split.features))
+        if out.suffix == ".npy":
+            np.save(file, draws)
+        elif out.suffix == ".csv":
+            frame.to_csv(file, index=False)
+        else:
+            frame.to_parquet(file, index=False)
+    print(f"{n:,} draws of chain {chosen} in {out}")
+
+
+@app.command()
+def impute(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    table: Annotated[Path, typer.Argument(help=".csv, .parquet or .npy file with empty cells, or NaN")],
+    out: Annotated[Path | None, typer.Option(help=".csv file to write [default: RUN/TABLE-imputed.csv]")] = None,
+    num_draws: Annotated[int, typer.Option("-m", "--num-draws", help="how many for each row")] = 10,
+    num_particles: Annotated[int, typer.Option(help=f"particles of each of {NUM_FILTERS} filters")] = 500,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
+) -> None:
+    """Fill the empty cells of a table with draws given the other cells of the row, and leave an ArviZ file beside."""
+    check_count(num_draws, "--num-draws", 1)
+    check_count(num_particles, "--num-particles", max(25, -(-num_draws // NUM_FILTERS)))
+    out = out or run / f"{table.stem}-imputed.csv"
+    if out.suffix != ".csv":
+        raise ValueError(f"--out is {out}; it must end in .csv")
+    opened = Run.open(run)
+    d, data_split = opened.prepare()
+    fitted = opened.load(d)
+    fitted = fitted.chain(fitted.best if chain is None else chain)
+    x, features = datasets.read_table(table, data_split.features, integers=True)
+    whole = np.full(len(features), opened.options["data"] == "digits")
+    if opened.options["dequantise"]:
+        whole = datasets.integer_columns(datasets.read_frame(opened.options["data"], data_split.features))
+    frame, dt = impute_table(
+        fitted, x, features, whole, rng_key=jax.random.key(seed), num_draws=num_draws, num_particles=num_particles
+    )
+    tree = out.with_name(f"{out.stem}-draws.nc")
+    with atomic_write(out) as file:
+        frame.to_csv(file, index=False)
+    with atomic_write(tree) as file:
+        dt.to_netcdf(file, engine="h5netcdf")
+    least = dt["evidence"].dataset["effective_draws"].to_numpy().min()
+    print(
+        f"{np.isnan(x).sum():,} empty cells in {len(x):,} rows filled {num_draws} times in {out}, all draws in {tree}; "
+        f"at least {least:,.0f} effective draws behind each"
+    )
+
+
+@app.command()
+def check(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="run folder; or swiss-roll or heartbeat, not yet fitted, T = 40 [default: swiss-roll]"),
+    ] = None,
+    chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
+    num_draws: Annotated[int, typer.Option(help="paths for each datum")] = 1000,
+    max_data: Annotated[int, typer.Option(help="held-out data to use")] = 16,
+    float32: Annotated[bool, typer.Option("--float32", help="in single precision [default: double]")] = False,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+) -> None:
+    """Check the derivation, N1…N17, on a pair of chains: one row for each statement. Exits with 1 where one fails."""
+    key, key_data, key_params = jax.random.split(jax.random.key(seed), 3)
+    schedule, network = schedules.LearnedBetas(40), networks.ResidualMLP()
+    starts: dict[str, tuple[Any, Diffusion]] = {
+        "swiss-roll": (datasets.SwissRoll(0.5), GaussianDiffusion((2,), schedule, network, "full")),
+        "heartbeat": (datasets.Heartbeat(), BinomialDiffusion((20,), schedule, network)),
+    }
+    name = "swiss-roll" if run is None else str(run)
+    opened = None if name in starts and not Path(name).exists() else Run.open(Path(name))
+    prepared = None if opened is None else opened.prepare()  # in the precision of the fit: its held-out rows
+    with jax.enable_x64(not float32):
+        if opened is None or prepared is None:
+            data, d = starts[name]
+            x = np.asarray(data.sample(key_data, max_data))
+            params = derivation.typical_params(d, key_params)
+        else:
+            d, data_split = prepared
+            fitted = opened.load(d)
+            fitted = fitted.chain(fitted.best if chain is None else chain)
+            x, params = fitted.standardise(data_split.test), fitted.params
+        ledger = derivation.check(
+            d.reverse,
+            d.forward,
+            x,
+            rng_key=key,
+            params=params,
+            beta=handlers.substitute(d.schedule, data=params)().beta if "beta" not in params else None,
+            forms=derivation.forms(d),
+            num_draws=num_draws,
+            max_data=max_data,
+        )
+    print(ledger)
+    raise typer.Exit(1 if ledger.failures else 0)
+
+
+def _tell(error: Exception, message: str) -> None:
+    if devices.OF_FIRST not in getattr(error, "__notes__", ()):  # else the first process tells it
+        print(f"probdiff: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """Runs the command; an error is one line on standard error and a non-zero exit."""
+    warnings.showwarning = lambda message, *_: print(f"probdiff: warning: {message}", file=sys.stderr)
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except typer.TyperException as error:
+        _tell(error, getattr(error, "format_message", error.__str__)())
+        code = getattr(error, "exit_code", 2)
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
+        _tell(error, " ".join(str(error).split()))
+        code = 1
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # not waiting for the other processes, which wait for this one
+    sys.exit(code)

@@ -1,0 +1,102 @@
+"""The numbers in a user's file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from probdiff.types import Key
+
+READERS = {".npy": "load", ".csv": "read_csv", ".parquet": "read_parquet"}
+
+
+def read_table(
+    path: str | Path,
+    columns: Sequence[str] | None = None,
+    dequantise_key: Key | None = None,
+    integers: bool = False,
+) -> tuple[np.ndarray, list[str]]:
+    """The numbers in a .npy, .csv or .parquet file as an array (N, D), and the names of its columns.
+
+    The columns of a .npy file, an array (N, D), are called "0" to "D−1". With `dequantise_key`, columns of integers
+    are dequantised; without it they are refused, since a density has no upper bound on them, unless `integers` are
+    wanted as they are.
+    Raises `ValueError` for a file that cannot be read, a column that is not there and a column that is not of
+    numbers. Missing entries come back as NaN.
+    """
+    frame = read_frame(path, columns)
+    array = frame_numbers(frame, str(path), integers=dequantise_key is not None or integers)
+    if dequantise_key is not None:
+        for i in np.flatnonzero(integer_columns(frame)).tolist():
+            array[:, i] = dequantise(array[:, i], jax.random.fold_in(dequantise_key, i))
+    return array, list(frame.columns)
+
+
+def integer_columns(frame: Any) -> np.ndarray:
+    """Which columns of a data frame hold integers or truth values by their dtype, so that they are dequantised."""
+    from pandas.api import types as kinds
+
+    return np.array([kinds.is_integer_dtype(kind) or kinds.is_bool_dtype(kind) for kind in frame.dtypes])
+
+
+def read_frame(path: str | Path, columns: Sequence[str] | None) -> Any:
+    """The data frame in a file, with these columns or all; raises as `read_table`."""
+    import pandas as pd
+
+    path = Path(path)
+    if path.suffix not in READERS:
+        raise ValueError(f"{path} ends in {path.suffix!r}; the files read are {', '.join(READERS)}")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+            if array.ndim != 2:
+                raise ValueError(f"its array has shape {array.shape}; it must be (N, D)")
+            frame = pd.DataFrame(array, columns=[str(i) for i in range(array.shape[1])])
+        else:
+            frame = getattr(pd, READERS[path.suffix])(path)
+    except Exception as error:  # each reader has errors of its own, and all mean the same to the user
+        raise ValueError(
+            f"{path} could not be read: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+    frame.columns = [str(name) for name in frame.columns]
+    if columns:
+        missing = [name for name in columns if name not in frame.columns]
+        if missing:
+            raise ValueError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(frame.columns)}")
+        frame = frame[list(columns)]
+    if not len(frame):
+        raise ValueError(f"{path} has 0 row(s) of data")
+    return frame
+
+
+def frame_numbers(frame: Any, name: str, integers: bool = False) -> np.ndarray:
+    """The numbers of a data frame as float64. Raises `ValueError` for words, and unless meant for integers."""
+    from pandas.api import types as kinds
+
+    words = [column for column in frame.columns if not kinds.is_numeric_dtype(frame[column])]
+    if words:
+        raise ValueError(f"{name}: column {words[0]!r} does not hold numbers; leave it out, naming the columns to use")
+    whole = frame.columns[integer_columns(frame)]
+    if len(whole) and not integers:
+        raise ValueError(
+            f"{name}: column {whole[0]!r} holds integers, and a density wants continuous data: "
+            "dequantise them (--dequantise), leave them out, or write them with decimals if they were measured; "
+            "a table of bits is --binary"
+        )
+    return frame.to_numpy(np.float64, copy=True)
+
+
+def dequantise(x: ArrayLike, rng_key: Key) -> np.ndarray:
+    """x + u, u uniform on [0, 1): a density of x + u bounds the probability of the integers x from below.
+
+    x of integers, any shape; raises `ValueError` where it holds anything else.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    if not np.array_equal(x, np.floor(x)):
+        raise ValueError("x holds numbers that are not integers; dequantising is for integer data")
+    return x + np.asarray(jax.random.uniform(rng_key, x.shape))

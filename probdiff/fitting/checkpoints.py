@@ -1,0 +1,164 @@
+"""Checkpoints of a fit, written whole or not at all, and what tells one fit's from another's."""
+
+import hashlib
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from probdiff.files import atomic_write, check_space
+from probdiff.fitting.devices import from_first_process
+from probdiff.fitting.streams import Stream
+from probdiff.types import Data, Key
+
+
+def _digest(leaves: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _raw(tree: Any) -> list[np.ndarray]:
+    """The leaves of a tree as arrays of numbers, random keys included."""
+    return [
+        np.asarray(jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+        for leaf in jax.tree.leaves(tree)
+    ]
+
+
+def configuration(
+    settings: dict[str, Any],
+    d: Any,
+    x: Data | Stream,
+    units: tuple[Any, Any],
+    validation: Data | None,
+    rng_key: Key,
+    state: Any,
+) -> dict[str, Any]:
+    """What must be the same in the run that a checkpoint goes on with."""
+    with np.printoptions(threshold=10**9, precision=17):
+        program = re.sub(r" at 0x[0-9a-f]+", "", repr(d))  # an address is another in each process
+    # of a file its units, the mean and the standard deviation, stand for the rows
+    whole = [x.shape, x.starts, *units] if isinstance(x, Stream) else [x, *units]
+    return {
+        **settings,
+        "diffusion": program,
+        "x": _digest(whole),
+        "validation": None if validation is None else _digest([validation]),
+        "rng_key": np.asarray(jax.random.key_data(rng_key)).tolist(),
+        "initial state": _digest(_raw(state)),
+    }
+
+
+class Checkpoints:
+    """The two newest checkpoints of a run, written by Orbax, each with a digest of its files.
+
+    Of several processes the first alone reads and writes; what it reads, and its errors, all of them have.
+    """
+
+    def __init__(self, directory: Path, configuration: dict[str, Any], resume: bool) -> None:
+        from_first_process(lambda: self._open(directory, configuration, resume))
+
+    def save(self, check: int, tree: Any) -> None:
+        from_first_process(lambda: self._save(check, tree))
+
+    def restore(self, template: Any) -> tuple[int, Any]:
+        """The newest whole checkpoint, with a warning for each damaged one; (0, template) where there is none."""
+        check, leaves = from_first_process(self._restore)
+        return check, template if leaves is None else _fill(template, leaves)
+
+    def close(self) -> None:
+        from_first_process(lambda: self._manager.close())
+
+    def _open(self, directory: Path, configuration: dict[str, Any], resume: bool) -> None:
+        import orbax.checkpoint as ocp  # slow to import, and not every fit wants it
+
+        directory = directory.absolute()
+        described = directory / "configuration.json"
+        if described.exists():
+            if not resume:
+                raise FileExistsError(f"{directory} already holds a run: resume it, or choose another folder")
+            held = json.loads(described.read_text())
+            for name, value in configuration.items():
+                if held.get(name) != value:
+                    raise ValueError(
+                        f"{directory} holds a run of another configuration: its {name} is {_short(held.get(name))}, "
+                        f"this one's is {_short(value)}"
+                    )
+        else:
+            with atomic_write(described) as file:
+                file.write_text(json.dumps(configuration, indent=1))
+        self._ocp = ocp
+        self._directory = directory
+        (directory / "steps").mkdir(exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            directory / "steps",
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2,
+                create=False,
+                enable_async_checkpointing=False,
+                # of several processes the first alone reads and writes
+                multiprocessing_options=ocp.options.MultiprocessingOptions(0, {0}, "probdiff"),
+            ),
+        )
+
+    def _save(self, check: int, tree: Any) -> None:
+        leaves = {f"{i:04}": leaf for i, leaf in enumerate(_raw(tree))}
+        # on a full disk Orbax's threads fill the terminal before they fail
+        check_space(self._directory, 2 * sum(leaf.nbytes for leaf in leaves.values()) + 100_000)
+        try:
+            self._manager.save(check, args=self._ocp.args.StandardSave(leaves))
+            with atomic_write(self._digest_file(check)) as file:
+                file.write_text(self._digest_of_files(check))
+        except Exception as error:  # Orbax passes on what its storage says, in many classes
+            raise OSError(f"could not write a checkpoint to {self._directory}: {_first_line(error)}") from error
+
+    def _restore(self) -> tuple[int, list[np.ndarray] | None]:
+        for check in sorted(self._manager.all_steps(), reverse=True):
+            finished = self._digest_file(check).exists()  # else the run was killed before its checkpoint counted
+            if finished and self._digest_file(check).read_text() == self._digest_of_files(check):
+                held = self._manager.restore(check, args=self._ocp.args.StandardRestore())
+                return check, [np.asarray(held[name]) for name in sorted(held)]
+            if finished:
+                warnings.warn(f"checkpoint {check} in {self._directory} is damaged; an older one is used", stacklevel=5)
+            self._manager.delete(check)
+        return 0, None
+
+    def _digest_file(self, check: int) -> Path:
+        return self._directory / "digests" / f"{check}.sha256"
+
+    def _digest_of_files(self, check: int) -> str:
+        """SHA-256 of the names and the contents of the files of a checkpoint."""
+        digest, folder = hashlib.sha256(), self._directory / "steps" / str(check)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
+        return digest.hexdigest()
+
+
+def _fill(template: Any, leaves: list[np.ndarray]) -> Any:
+    old, treedef = jax.tree.flatten(template)
+    new = [
+        jax.random.wrap_key_data(jnp.asarray(leaf))
+        if jax.dtypes.issubdtype(was.dtype, jax.dtypes.prng_key)
+        else (np.array(leaf) if isinstance(was, np.ndarray) else jnp.asarray(leaf))
+        for was, leaf in zip(old, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, new)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 160 else text[:160] + "…"

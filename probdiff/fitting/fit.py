@@ -1,0 +1,146 @@
+"""`fit(...)`: data in their own units to a `Fit`."""
+
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike
+
+from probdiff.chains import Diffusion, to_chain
+from probdiff.checks import check_key, check_varies
+from probdiff.datasets.named import split
+from probdiff.fitting.loop import Objective, Settings, Times, train
+from probdiff.fitting.streams import Stream
+from probdiff.results import Fit
+from probdiff.types import Key
+
+_ROWS_PER_FEATURE = 100  # fewer are few
+_HELD_OUT = 0.15
+
+
+def fit(
+    d: Diffusion,
+    x: ArrayLike | Stream,
+    *,
+    rng_key: Key,
+    num_steps: int = 20_000,
+    batch_size: int | None = None,
+    num_chains: int = 1,
+    objective: Objective = "at_time",
+    times: Times = "weighted",
+    learning_rate: float = 2e-3,
+    gradient_clip: float = 1.0,
+    check_every: int | None = None,
+    validation: ArrayLike | float | None = None,
+    patience: int | None = None,
+    dropout: bool | None = None,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
+    progress_bar: bool = True,
+    mesh: Mesh | None = None,
+) -> "Fit":
+    """Fits β_t and the reverse kernels to data by SVI, maximising the ELBO of N17.
+
+    x (N, *event_shape), in the data's own units. For a Gaussian chain it is floating-point, and the chain runs on x
+    less its mean and over its standard deviation, each feature apart; a `streams.stream` of a file stands for rows that
+    do not fit in memory. For a binomial chain it is bits, 0 or 1 of any dtype, which stay as they are.
+    `batch_size` is 512, and at most the rows that are fitted. `num_chains` independent fits run side by side. Among
+    several devices, those of `mesh` or else all, chains and batches are shared out over the mesh's axes "chain" and
+    "data"; see `devices.choose_mesh`. Several processes must be given the same arguments, all of x too. `validation` is
+    data (M, *event_shape) on which the best params are chosen, or the share of x to hold out for that, 0 for none.
+
+    A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
+    network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
+    elsewhere none of the three. Below 10 rows, and of a stream, none are held out. `check_every` is 100 steps with
+    validation data and 500 without. See `Settings` for the rest and `train` for checkpoints.
+    Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
+    """
+    if isinstance(x, Stream):
+        if x.shape[1:] != d.event_shape:
+            raise ValueError(f"x is a stream of shape {x.shape}; this diffusion has event_shape {d.event_shape}")
+        if d.family.support.is_discrete:
+            raise TypeError("x is a stream, of floating-point numbers; this diffusion wants bits")
+    else:
+        x = d.checked(x, "x", minimum=2)
+    num_rows = x.shape[0]
+    if batch_size is not None and batch_size > num_rows:
+        raise ValueError(f"batch_size is {batch_size}; x has {num_rows} rows")
+    few = num_rows < _ROWS_PER_FEATURE * math.prod(d.event_shape)
+    rng_key = check_key(rng_key)
+    if validation is None and few and not isinstance(x, Stream) and round(_HELD_OUT * num_rows) >= 2:
+        validation = _HELD_OUT
+    data: np.ndarray | Stream
+    if isinstance(x, Stream):
+        loc, scale = x.moments()
+        data, held_out = x.standardised(loc, scale), _held_out_of_stream(d, x, validation)
+    else:
+        loc, scale = units(d, x)
+        kept, held_out = _hold_out(d, x, validation, rng_key)
+        data = to_chain(d, kept, loc, scale)
+    patience = 20 if few and held_out is not None and patience is None else patience
+    if patience is not None and held_out is None:
+        raise ValueError("patience wants validation data to watch; pass validation=")
+    settings = Settings(
+        num_steps,
+        min(512 if batch_size is None else batch_size, data.shape[0]),
+        num_chains,
+        objective,
+        learning_rate,
+        gradient_clip,
+        check_every if check_every is not None else 500 if held_out is None else 100,
+        patience,
+        few if dropout is None else dropout,
+        times,
+    )
+    trained = train(
+        d,
+        data,
+        settings,
+        rng_key=rng_key,
+        units=(loc, scale),
+        validation=None if held_out is None else to_chain(d, held_out, loc, scale),
+        checkpoint_dir=checkpoint_dir,
+        resume=resume,
+        progress_bar=progress_bar,
+        mesh=mesh,
+    )
+    log_det = float(np.log(scale).sum())
+    return Fit(d, trained.params, trained.losses + log_det, trained.validation - log_det, loc, scale)
+
+
+def _held_out_of_stream(d: Diffusion, x: Stream, validation: ArrayLike | float | None) -> np.ndarray | None:
+    if validation is None or (not np.ndim(validation) and float(np.asarray(validation)) == 0):
+        return None
+    if not np.ndim(validation):
+        raise ValueError(f"validation is {validation}; of a stream no share is held out: give rows of data")
+    return d.checked(validation, "validation")
+
+
+def _hold_out(
+    d: Diffusion, data: np.ndarray, validation: ArrayLike | float | None, rng_key: Key
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The rows to fit and those held out, if any: `validation` itself, or a share of the data drawn at random."""
+    if validation is None:
+        return data, None
+    if np.ndim(validation):
+        return data, d.checked(validation, "validation")
+    share = float(np.asarray(validation))
+    if not 0 <= share < 1:
+        raise ValueError(f"validation is {share}; it must be data, or a share of x from 0 to less than 1")
+    if share == 0:
+        return data, None
+    parts = split(data, (), jax.random.fold_in(rng_key, 1), share)
+    return parts.train, parts.test
+
+
+def units(d: Diffusion, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the chain's own units have zero and one: mean and standard deviation of each feature of x.
+
+    What is discrete stays as it is. Raises `ValueError` for a feature that does not vary.
+    """
+    if d.family.support.is_discrete:
+        return np.zeros(d.event_shape), np.ones(d.event_shape)
+    check_varies(x, "x")
+    return x.mean(0), x.std(0)

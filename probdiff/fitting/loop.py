@@ -1,0 +1,315 @@
+"""Stochastic variational inference of one or several chains: `SVI.init` and `SVI.update` in one compiled loop.
+
+Progress, early stopping on validation data, checkpoints and resume.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Float
+from numpyro import handlers
+from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from tqdm.auto import tqdm
+
+from probdiff.chains import Diffusion
+from probdiff.fitting import devices
+from probdiff.fitting.checkpoints import Checkpoints, configuration
+from probdiff.fitting.streams import Stream
+from probdiff.fitting.times import time_probs
+from probdiff.likelihood.elbo import elbo
+from probdiff.sampling import one_fit
+from probdiff.schedules import Schedule
+from probdiff.types import Data, Key, Params
+
+Objective = Literal["at_time", "mean_field", "trace"]
+Times = Literal["even", "weighted"]
+_AVERAGING = 0.01  # weight of the newest params in their moving average
+_SCHEDULE_RATE = 10.0  # logits of β_t travel by several units, weights of a network by tenths
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a chain is fitted.
+
+    `objective`: "at_time" (one t per datum), "mean_field" (all t, closed-form KLs) or "trace" (all t, N17 as it is).
+    `times`, of "at_time": "even", all t alike, or "weighted", by `time_probs`, anew at every check.
+    The learning rate falls from `learning_rate`, and from ten times that for the schedule's params, to zero along a
+    cosine over `num_steps`; `gradient_clip` bounds the global norm of the gradient of the loss per datum, for bits that
+    of the network's params alone. Progress, validation and checkpoints come every `check_every` steps. With `patience`,
+    fitting stops when no chain's validation ELBO has risen for that many checks. With `dropout`, the losses are those
+    of a network with units left out.
+    """
+
+    num_steps: int = 20_000
+    batch_size: int = 512
+    num_chains: int = 1
+    objective: Objective = "at_time"
+    learning_rate: float = 2e-3
+    gradient_clip: float = 1.0
+    check_every: int = 500
+    patience: int | None = None
+    dropout: bool = False
+    times: Times = "even"
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "num_chains", "check_every", "patience"):
+            value = getattr(self, name)
+            if name == "patience" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+            object.__setattr__(self, name, int(value))
+        for name in ("learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
+            object.__setattr__(self, name, float(getattr(self, name)))
+        for name, kinds in (("objective", Objective), ("times", Times)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kinds))}")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Constrained params with a leading axis of C chains; losses (C, steps) and validation ELBO (C, checks) in nats."""
+
+    params: Params
+    losses: np.ndarray
+    validation: np.ndarray
+
+
+def make_svi(d: Diffusion, settings: Settings) -> SVI:
+    """NumPyro's `SVI` of the objective, its loss the negative ELBO per datum of a batch."""
+    reverse = partial(d.reverse, stacked=True, dropout=settings.dropout)
+    forward = partial(d.forward_posterior, stacked=True)
+    at_time = partial(d.reverse_at_time, dropout=settings.dropout)
+    at_time_loss = TraceMeanField_ELBO()
+    at_time_loss.can_infer_discrete = True  # by the factor "score"
+    trace: tuple[Any, Any, Any] = (reverse, forward, Trace_ELBO())
+    if d.family.support.is_discrete:
+        if settings.objective == "mean_field" and _has_params(d.schedule):
+            raise ValueError(
+                'objective is "mean_field"; it has no gradient through draws of bits, which a learned schedule wants: '
+                'use "at_time", or "trace" for short chains'
+            )
+        trace = (partial(d.reverse, dropout=settings.dropout), d.forward, TraceGraph_ELBO())
+    model, guide, loss = {
+        "at_time": (at_time, d.forward_at_time, at_time_loss),
+        "mean_field": (reverse, forward, TraceMeanField_ELBO()),
+        "trace": trace,
+    }[settings.objective]
+    rate = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
+    of_network = lambda params: {name: name == "network$params" for name in params}  # noqa: E731
+    of_schedule = lambda params: {name: name != "network$params" for name in params}  # noqa: E731
+    clip = optax.clip_by_global_norm(settings.gradient_clip)
+    if d.family.support.is_discrete:  # the score function is large at rare draws, and small without them
+        clip = optax.masked(clip, of_network)
+    optimizer = optax.chain(clip, optax.adam(rate), optax.masked(optax.scale(_SCHEDULE_RATE), of_schedule))
+    return SVI(
+        handlers.scale(model, scale=1 / settings.batch_size),
+        handlers.scale(guide, scale=1 / settings.batch_size),
+        optimizer,
+        loss,
+    )
+
+
+def _has_params(schedule: Schedule) -> bool:
+    return any(site["type"] == "param" for site in handlers.trace(schedule).get_trace().values())
+
+
+def start_state(svi: SVI, x: Data, rng_keys: Key) -> tuple[Any, Params]:
+    """The state of SVI before the first step, with a leading axis of C chains, and its params."""
+
+    @jax.jit
+    def start(rng_keys: Key) -> tuple[Any, Params]:
+        state = jax.vmap(lambda key: svi.init(key, x))(rng_keys)
+        return state, svi.get_params(state)
+
+    return start(rng_keys)
+
+
+def make_steps(d: Diffusion, svi: SVI, settings: Settings, mesh: Mesh | None) -> Any:
+    """A compiled loop over steps of SVI: `run(state, average, x, num_rows, batch_keys, start, stop)`.
+
+    It draws batches from the first `num_rows` rows of x, and returns the state, its params, their moving average where
+    one is given, and the losses (C, check_every).
+    """
+
+    @jax.jit
+    def run(
+        state: Any, average: Params | None, x: Data, num_rows: int, batch_keys: Key, start: int, stop: int
+    ) -> tuple[Any, Params, Params | None, Any]:
+        def one_chain(one: tuple[Any, Params | None, Key]) -> tuple[Any, Params, Params | None, Any]:
+            state, average, batch_key = one
+            options = {}
+            if settings.objective == "at_time" and settings.times == "weighted":
+                key_probs = jax.random.fold_in(jax.random.fold_in(batch_key, start), settings.batch_size)
+                options["time_probs"] = time_probs(d, svi.get_params(state), x, num_rows, key_probs)
+
+            def step(i: Any, carry: Any) -> Any:
+                state, average, losses = carry
+                rows = jax.random.randint(jax.random.fold_in(batch_key, i), (settings.batch_size,), 0, num_rows)
+                state, loss = svi.update(state, devices.constrain(x[rows], mesh, "data"), **options)
+                state = devices.constrain(state, mesh)
+                if average is not None:
+                    weight = jnp.maximum(_AVERAGING, 1 / (1 + i))  # a plain mean until there is enough to average
+                    average = optax.incremental_update(svi.get_params(state), average, weight)
+                return state, average, losses.at[i - start].set(loss)
+
+            losses = jnp.zeros(settings.check_every)
+            state, average, losses = jax.lax.fori_loop(start, stop, step, (state, average, losses))
+            return state, svi.get_params(state), average, losses
+
+        return devices.each_chain(one_chain, mesh)((state, average, batch_keys))
+
+    return run
+
+
+def train(
+    d: Diffusion,
+    x: Data | Stream,
+    settings: Settings,
+    *,
+    rng_key: Key,
+    units: tuple[Any, Any] = (0.0, 1.0),
+    validation: Data | None = None,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
+    progress_bar: bool = True,
+    mesh: Mesh | None = None,
+) -> Trained:
+    """Fits C chains side by side to x (N, *event_shape), in the chain's own units, by minimising the negative of N17.
+
+    `units`, where those have zero and one in the data's, tell data apart that are the same but for their units.
+    The rows of each batch are drawn on the device, with replacement; those of a `Stream` from one buffer after the
+    other, a new one after every check. With `validation` data, what is checked is a moving average of the params over
+    the last hundred steps or so, and each chain keeps that of its best check. With `checkpoint_dir`, `resume=True` goes
+    on from the newest whole checkpoint and ends with the same bits as a run that never stopped, on the same devices.
+    Among several devices chains and batches are shared out as `devices.choose_mesh` says.
+    Raises `FloatingPointError` where the loss stops being finite; `FileExistsError` where `checkpoint_dir` holds
+    a run and `resume` is false; `ValueError` where it holds a run of another configuration, and where several processes
+    are given different arguments. What the first of several processes raises in a check or a checkpoint, all raise.
+    """
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume wants the folder of the run to go on with; pass checkpoint_dir=")
+    mesh = devices.choose_mesh(mesh, settings.num_chains, settings.batch_size)
+    svi = make_svi(d, settings)
+    init_key, batch_key, validation_key = jax.random.split(rng_key, 3)
+    batch_keys = jax.random.split(batch_key, settings.num_chains)
+    state, params = start_state(
+        svi, jnp.zeros((settings.batch_size, *d.event_shape)), jax.random.split(init_key, settings.num_chains)
+    )
+    num_checks = math.ceil(settings.num_steps / settings.check_every)
+    progress = {
+        "state": state,
+        "average": None if validation is None else params,
+        "best": params,
+        "losses": np.full((settings.num_chains, settings.num_steps), np.nan, jnp.result_type(float)),
+        "validation": np.full((settings.num_chains, num_checks), np.nan),
+    }
+    run = make_steps(d, svi, settings, mesh)
+    first_check, checkpoints = 0, None
+    if checkpoint_dir is not None or jax.process_count() > 1:
+        arguments = configuration(asdict(settings), d, x, units, validation, rng_key, state)
+        layout = None if mesh is None else mesh.shape
+        devices.check_same(arguments | {"checkpoint_dir": checkpoint_dir is None, "mesh": layout})
+    if checkpoint_dir is not None:
+        checkpoints = Checkpoints(Path(checkpoint_dir), arguments, resume)
+        first_check, progress = checkpoints.restore(progress)
+    bar = tqdm(
+        total=settings.num_steps,
+        disable=None if progress_bar and jax.process_index() == 0 else True,
+        unit="step",
+        desc="fit",
+    )
+    bar.update(min(first_check * settings.check_every, settings.num_steps))
+    state, average = devices.place((progress["state"], progress["average"]), mesh, "chain")
+    batch_keys = devices.place(batch_keys, mesh, "chain")
+    buffers = _buffers(x, settings, first_check, mesh)
+    for check in range(first_check, num_checks):
+        if _has_stalled(progress["validation"][:, :check], settings.patience):
+            break
+        start = check * settings.check_every
+        stop = min(start + settings.check_every, settings.num_steps)
+        rows, num_rows = next(buffers)
+        state, params, average, losses = run(state, average, rows, num_rows, batch_keys, start, stop)
+        losses = np.asarray(devices.fetch(losses, mesh))[:, : stop - start]
+        _check_finite(losses, start)
+        progress["losses"][:, start:stop] = losses
+        if validation is None:
+            progress["best"] = devices.fetch(params, mesh)
+        else:
+            checked = devices.fetch(average, mesh)
+            values = devices.from_first_process(partial(_validate, d, checked, validation, validation_key, stop))
+            best = np.fmax.reduce(progress["validation"], axis=1, initial=-np.inf)
+            progress["validation"][:, check] = values
+            progress["best"] = _choose(values > best, checked, progress["best"])
+        if checkpoints is not None:
+            progress["state"], progress["average"] = devices.fetch((state, average), mesh)
+            checkpoints.save(check + 1, progress)
+        bar.set_postfix_str(f"loss {losses.mean():.4f} nats per datum", refresh=False)
+        bar.update(stop - start)
+    bar.close()
+    if checkpoints is not None:
+        checkpoints.close()
+    steps_taken = int(np.isfinite(progress["losses"][0]).sum())
+    checks_made = math.ceil(steps_taken / settings.check_every)
+    return Trained(
+        progress["best"],
+        progress["losses"][:, :steps_taken],
+        progress["validation"][:, : checks_made if validation is not None else 0],
+    )
+
+
+def _buffers(
+    x: Data | Stream, settings: Settings, first_check: int, mesh: Mesh | None
+) -> Iterator[tuple[jax.Array, int]]:
+    """The rows that each stretch of steps draws from, on the mesh, and how many of them are data."""
+    if isinstance(x, Stream):
+        wanted = settings.batch_size * settings.check_every
+        for rows in x.buffers(wanted, first_check):
+            yield devices.place_rows(rows, mesh, x.buffer_rows(wanted)), len(rows)
+    else:
+        whole = devices.place_rows(np.asarray(x), mesh, len(x))
+        while True:
+            yield whole, len(x)
+
+
+def _validate(d: Diffusion, params: Params, validation: Data, rng_key: Key, step: int) -> Float[np.ndarray, " C"]:
+    """The ELBO of each chain, nats per datum."""
+    C = len(jax.tree.leaves(params)[0])
+    fits = [one_fit(params, c) for c in range(C)]
+    bounds = [elbo(d, of_fit, validation, rng_key=rng_key, num_draws=2) for of_fit in fits]
+    mean = np.array([bound.mean for bound in bounds])
+    if not np.all(np.isfinite(mean)):
+        raise FloatingPointError(f"the validation ELBO is {mean} at step {step}; look for outliers in validation")
+    return mean
+
+
+def _choose(better: np.ndarray, new: Params, old: Params) -> Params:
+    """The new params of the chains that are better, the old ones of the rest."""
+    return jax.tree.map(lambda a, b: jnp.where(better.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), new, old)
+
+
+def _has_stalled(validation: np.ndarray, patience: int | None) -> bool:
+    if patience is None or validation.shape[1] <= patience:
+        return False
+    return bool(np.all(validation.shape[1] - 1 - validation.argmax(1) >= patience))
+
+
+def _check_finite(losses: np.ndarray, start: int) -> None:
+    bad = np.argwhere(~np.isfinite(losses))
+    if len(bad):
+        c, step = bad[bad[:, 1].argmin()]
+        raise FloatingPointError(
+            f"the loss of chain {c} is {losses[c, step]} at step {start + step}; "
+            "try a smaller learning_rate or look for outliers in x"
+        )

@@ -1,0 +1,111 @@
+"""The ELBO of a chain per datum, in its named parts."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from numpyro import handlers
+from numpyro.distributions.kl import kl_divergence
+
+from probdiff.blocks import block_size, in_blocks
+from probdiff.chains import Diffusion
+from probdiff.families.base import expected_log_ratio
+from probdiff.likelihood.result import LogLikelihood
+from probdiff.schedules import NoiseLevels
+from probdiff.types import Data, Event, Key, Params, Time
+
+_ROWS = 2048  # rows of data to one compiled call
+PARTS = ("terminal", "steps", "reconstruction")
+
+
+@dataclass(frozen=True)
+class ELBOParts:
+    """The ELBO in three parts, in nats: K = reconstruction − Σ_{t≥2} steps − terminal.
+
+    `terminal` (…, N): KL(q(x_T given x_0) ‖ p(x_T)). `steps` (…, N, T−1): E KL(q(x_{t−1} given x_t, x_0) ‖
+    p(x_{t−1} given x_t)), t = 2…T. `reconstruction` (…, N): E log p(x_0 given x_1).
+    A fit of several chains has them as a leading axis.
+    """
+
+    terminal: np.ndarray
+    steps: np.ndarray
+    reconstruction: np.ndarray
+
+    @property
+    def elbo(self) -> np.ndarray:
+        return self.reconstruction - self.steps.sum(-1) - self.terminal
+
+    @property
+    def prior(self) -> np.ndarray:
+        """`terminal`, by the name that the notes give the term."""
+        return self.terminal
+
+
+def elbo_term(
+    d: Diffusion, noise: NoiseLevels, kernel: Callable[[Event, Time], Any], x_0: Event, rng_key: Key, t: Time
+) -> Array:
+    """log p(x_0 given x_1) where t = 1, else KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t)); (N,)."""
+    family, T = d.family, d.num_timesteps
+    x_t = family.marginal(x_0, noise, t).sample(rng_key)
+    q, p = family.posterior(x_t, x_0, noise, jnp.minimum(jnp.maximum(t, 2), T)), kernel(x_t, t)
+    ratio, _ = expected_log_ratio(q, p, lambda: q.sample(jax.random.fold_in(rng_key, 1)))
+    return jnp.where(t == 1, p.log_prob(x_0), -ratio)
+
+
+@partial(jax.jit, static_argnums=0)
+def _parts(d: Diffusion, params: Params, x_0: Event, rng_key: Key) -> tuple[Array, Array]:
+    """KL of the terminal (N,), and the terms t = 1…T, (T, N): log p(x_0 given x_1), then the KLs."""
+
+    def program() -> tuple[Array, Array]:
+        q, T = d.family, d.num_timesteps
+        noise, kernel = d.kernels()
+        terms = jax.lax.map(
+            lambda args: elbo_term(d, noise, kernel, x_0, *args), (jax.random.split(rng_key, T), jnp.arange(1, T + 1))
+        )
+        return kl_divergence(q.marginal(x_0, noise, T), q.terminal(x_0.shape[:1])), terms
+
+    return handlers.substitute(program, data=params)()
+
+
+def _elbo_blocks(
+    d: Diffusion, params: Params, x_0: Data, rng_key: Key, num_draws: int
+) -> Iterator[tuple[ELBOParts, Float[np.ndarray, "S n"]]]:
+    """The parts of each block of rows, and the estimates of their sum that each draw gives."""
+
+    def compute(x_0: Data, rng_key: Key) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        mean: Any = 0.0
+        totals = []
+        for key in jax.random.split(rng_key, num_draws):
+            terminal, terms = (np.asarray(part, np.float64) for part in _parts(d, params, x_0, key))
+            mean = mean + terms / num_draws
+            totals.append(terms[0] - terms[1:].sum(0) - terminal)
+        return terminal, mean, np.stack(totals)
+
+    rows = block_size(len(x_0), max(16, min(_ROWS, 2**22 // d.num_timesteps)))
+    for n, (terminal, mean, totals) in in_blocks(x_0, rng_key, compute, rows):
+        yield ELBOParts(terminal[:n], mean[1:, :n].T, mean[0, :n]), totals[:, :n]
+
+
+def elbo_draws(
+    d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
+) -> tuple[ELBOParts, Float[np.ndarray, "S N"]]:
+    """The parts of N17 per datum of one chain, and the estimates of their sum that each draw gives, (S, N).
+
+    K = E log p(x_0 given x_1) − Σ_{t≥2} E KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t))
+    − KL(q(x_T given x_0) ‖ p(x_T)): KLs in closed form, expectations over x_t from `num_draws` draws for each t.
+    x_0 (N, *event_shape) in the chain's own units; nats.
+    """
+    parts, draws = zip(*_elbo_blocks(d, params, x_0, rng_key, num_draws), strict=True)
+    whole = ELBOParts(*(np.concatenate([getattr(one, name) for one in parts]) for name in PARTS))
+    return whole, np.concatenate(draws, axis=1)
+
+
+def elbo(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int) -> LogLikelihood:
+    """K of `elbo_draws` per datum, a lower bound, in memory that does not grow with N·T."""
+    draws = np.concatenate([draws for _, draws in _elbo_blocks(d, params, x_0, rng_key, num_draws)], axis=1)
+    return LogLikelihood(draws.mean(0), draws.std(0, ddof=1) / np.sqrt(num_draws), "lower bound")

@@ -1,0 +1,241 @@
+"""Likelihoods of x_0 that a user states, in the data's own units, and what the filters are given for them."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import ArrayLike, Float
+
+from probdiff.checks import some
+from probdiff.posterior import guidance
+from probdiff.results import Fit
+from probdiff.types import Key
+
+
+@dataclass(frozen=True, eq=False)
+class LinearGaussian:
+    """y = A·x_0 + ε, ε normal with mean zero and standard deviation `noise`.
+
+    `y` (M,) or (N, M); `A` (M, D), or (N, M, D) with one for each datum; x_0 a vector of size D, the data's own units.
+    `noise` is a number, (M,), or a covariance matrix (M, M); zero means that A·x_0 is known exactly.
+    """
+
+    y: ArrayLike
+    A: ArrayLike
+    noise: ArrayLike
+
+
+@dataclass(frozen=True, eq=False)
+class Missing:
+    """Rows of data x (N, *event_shape) in which some entries are NaN, or masked: the others are known exactly.
+
+    The pattern may differ from row to row. The draws of a row without any known entry are the prior's.
+    """
+
+    x: ArrayLike
+
+
+@dataclass(frozen=True, eq=False)
+class BlackBox:
+    """A log-likelihood that is called as a function is, of which no derivative is taken.
+
+    It must be traceable by JAX; other code is called through `jax.pure_callback`, with `vmap_method="sequential"`.
+    """
+
+    log_likelihood: Callable[..., Any]
+
+
+_ROUNDING = 1e-10  # of eigenvalues, over the largest
+
+type Likelihood = LinearGaussian | Missing | BlackBox | Callable[..., Any]
+
+
+def prepare(
+    fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key
+) -> tuple[guidance.Observation, np.ndarray | None]:
+    """The likelihood of each datum in the chain's own units, leaves with a leading axis of N."""
+    loc, scale = fit.loc.ravel(), fit.scale.ravel()
+    if isinstance(likelihood, LinearGaussian | Missing) and data is not None:
+        raise ValueError(f"data are for a likelihood that is a function; {type(likelihood).__name__} has its own")
+    if isinstance(likelihood, Missing):
+        x = _known(fit, likelihood.x)
+        known = ~np.isnan(x)
+        y = np.where(known, (x - loc) / scale, 0.0)
+        A, noise = known[:, :, None] * np.eye(len(loc)), ~known[:, :, None] * np.eye(len(loc))
+        constant = np.sum(np.where(known, -np.log(scale), 0.5 * np.log(2 * np.pi)), 1)
+        return guidance.Linear(*(jnp.asarray(a, jnp.result_type(float)) for a in (y, A, noise, constant))), x
+    if isinstance(likelihood, LinearGaussian):
+        y, A, noise = _linear(likelihood, len(loc))
+        arrays = _sufficient(y - A @ loc, A * scale, noise)
+        return guidance.Linear(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays)), None
+    function = likelihood.log_likelihood if isinstance(likelihood, BlackBox) else likelihood
+    if not callable(function) or isinstance(function, dist.Distribution):
+        raise TypeError(
+            f"likelihood is {likelihood!r}; it must be LinearGaussian, Missing, BlackBox or a function of x_0"
+        )
+    units = jnp.asarray(fit.loc), jnp.asarray(fit.scale)
+    log_g = _log_g(function, data is not None, *units)
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
+    if data is not None and (len(sizes) != 1 or sizes <= {(), (0,)}):
+        raise ValueError(f"data has leaves with leading axes {sorted(sizes)}; they must have one, of the same size N")
+    datum = {"y": jnp.zeros(1) if data is None else jax.tree.map(jnp.asarray, data)}
+    _check_function(log_g, datum, fit, rng_key, smooth=not isinstance(likelihood, BlackBox))
+    return (guidance.Opaque if isinstance(likelihood, BlackBox) else guidance.Smooth)(datum, log_g), None
+
+
+class _log_g:
+    """The user's function at x_0 = loc + scale·z; equal to another of the same function and units, so compiled once."""
+
+    def __init__(self, function: Callable[..., Any], takes_data: bool, loc: Any, scale: Any) -> None:
+        self.function, self.takes_data, self.loc, self.scale = function, takes_data, loc, scale
+        # of methods, which are made anew each time that they are named, by what they are made of
+        parts = getattr(function, "__func__", function), getattr(function, "__self__", None)
+        self._identity = (*map(id, parts), takes_data)
+
+    def stated(self, z: Float[Any, " D"], datum: Any) -> Any:
+        x_0 = self.loc + self.scale * z.reshape(self.loc.shape)
+        return self.function(x_0, datum["y"]) if self.takes_data else self.function(x_0)
+
+    def __call__(self, z: Float[Any, " D"], datum: Any) -> Float[Any, ""]:
+        log_g = jnp.asarray(self.stated(z, datum), jnp.result_type(float))
+        return jnp.where(jnp.isnan(log_g), -jnp.inf, log_g)
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _log_g)
+            and self._identity == other._identity
+            and np.array_equal(self.loc, other.loc)
+            and np.array_equal(self.scale, other.scale)
+        )
+
+
+def _check_function(log_g: _log_g, data: Any, fit: Fit, rng_key: Key, smooth: bool) -> None:
+    """That it takes x_0 and the first datum, and gives a number, not NaN or +∞, at eight draws from p for each."""
+    draws = fit.sample(rng_key, 8)
+    z = jnp.asarray((draws - fit.loc) / fit.scale, jnp.result_type(float)).reshape(8, -1)
+    first = jax.tree.map(lambda leaf: leaf[0], data)
+    arguments = draws[0].astype(z.dtype), jax.tree.map(np.asarray, first["y"])
+    _check_call(log_g.function, arguments if log_g.takes_data else arguments[:1])
+    at_draws = lambda function: jax.vmap(jax.vmap(function, (0, None)), (None, 0))(z, data)  # noqa: E731
+    try:
+        result = jax.eval_shape(log_g.stated, z[0], first)
+        if not isinstance(result, jax.ShapeDtypeStruct) or result.shape:
+            given = f"shape {result.shape}" if isinstance(result, jax.ShapeDtypeStruct) else "no array"
+            raise ValueError(f"likelihood gives {given}; it must give a number")
+        values = np.asarray(at_draws(log_g.stated))
+    except (
+        jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError, NotImplementedError
+    ) as error:  # fmt: skip
+        raise TypeError(
+            "likelihood cannot be traced by JAX; call what is not written in JAX through "
+            'BlackBox and jax.pure_callback(…, vmap_method="sequential")'
+        ) from error
+    for kind, wrong in (("NaN", np.isnan(values)), ("infinite", values == np.inf)):
+        if wrong.any():
+            rows = np.flatnonzero(wrong.any(1))
+            where = f", for row(s) {some(rows)} of data" if log_g.takes_data else ""
+            raise ValueError(
+                f"likelihood is {kind} at {wrong[rows[0]].sum()} of 8 draws from the prior{where}; "
+                "its logarithm is wanted, −∞ where it is zero"
+            )
+    if smooth:
+        try:
+            jax.eval_shape(jax.hessian(log_g), z[0], first)
+            slopes = np.asarray(at_draws(jax.grad(log_g)))
+        except Exception as error:
+            why = (str(error) or repr(error)).splitlines()[0]
+            raise TypeError(
+                f"likelihood cannot be differentiated twice by JAX ({why}); give it as BlackBox(likelihood)"
+            ) from error
+        if np.isnan(slopes[np.isfinite(values)]).any():
+            raise ValueError(
+                "likelihood has a gradient of NaN at draws from the prior; give it as BlackBox(likelihood)"
+            )
+
+
+def _check_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """That it takes as many arguments, and no index that is out of bounds, which JAX would take for the last."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        called = "f(x_0, datum), as there are data" if len(arguments) > 1 else "f(x_0), as there are no data"
+        raise TypeError(f"likelihood is called as {called}: {error}") from error
+    except ValueError:
+        pass  # of some callables the arguments are not known
+    try:
+        with np.errstate(all="ignore"):
+            function(*arguments)
+    except IndexError as error:
+        raise ValueError(f"likelihood takes an entry that is not there: {error}") from error
+    except Exception:
+        pass  # it is not for NumPy's arrays
+
+
+def _known(fit: Fit, x: ArrayLike) -> np.ndarray:
+    """The table (N, D) with NaN where an entry is missing, or masked, checked."""
+    masked = isinstance(x, np.ma.MaskedArray) and x.dtype.kind == "f"
+    array = np.ma.filled(x, np.nan) if masked else np.asarray(x)
+    if array.dtype.kind != "f":
+        raise TypeError(f"x has dtype {array.dtype}; missing entries are NaN, in floating-point data")
+    fit.diffusion.checked(np.where(np.isfinite(array), array, 0.0), "x")
+    flat = array.reshape(len(array), -1).astype(np.float64)
+    if np.isinf(flat).any():
+        raise ValueError(f"x has infinite entries, in row(s) {some(np.flatnonzero(np.isinf(flat).any(1)))}")
+    return flat
+
+
+def _linear(likelihood: LinearGaussian, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """y (N, M), A (N, M, D) and a factor of the noise's covariance (N, M, M), checked."""
+    arrays = {name: np.asarray(getattr(likelihood, name)) for name in ("y", "A", "noise")}
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"{name} has dtype {array.dtype}; it must be of real numbers")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has entries that are NaN or infinite")
+    y, A, noise = (array.astype(np.float64) for array in arrays.values())
+    y = y[None] if y.ndim == 1 else y
+    if y.ndim != 2 or not y.size:
+        raise ValueError(f"y has shape {np.shape(likelihood.y)}; it must be (M,) or (N, M)")
+    N, M = y.shape
+    if A.shape not in ((M, size), (N, M, size)):
+        raise ValueError(f"A has shape {A.shape}; for y of shape {y.shape} it must be {(M, size)} or {(N, M, size)}")
+    if noise.shape in ((), (M,)):
+        if np.any(noise < 0):
+            raise ValueError(f"noise is {noise}; a standard deviation must not be negative")
+        factor = np.diag(np.broadcast_to(noise, (M,)))
+    elif noise.shape == (M, M):
+        values, vectors = np.linalg.eigh(noise)
+        if not np.allclose(noise, noise.T) or values[0] < -_ROUNDING * values[-1]:
+            raise ValueError("noise is no covariance matrix: it must be symmetric, without negative eigenvalues")
+        factor = vectors * np.sqrt(np.where(values > _ROUNDING * values[-1], values, 0.0))
+    else:
+        raise ValueError(f"noise has shape {noise.shape}; it must be a number, ({M},) or ({M}, {M})")
+    A = np.broadcast_to(A, (N, M, size))
+    if (
+        np.linalg.matrix_rank(factor) < M
+        and np.min(np.linalg.matrix_rank(np.dstack([A, factor[None].repeat(N, 0)]))) < M
+    ):
+        raise ValueError("A and noise leave a combination of y without a density: rows of A must be independent there")
+    return y, A, np.broadcast_to(factor, (N, M, M))
+
+
+def _sufficient(
+    y: np.ndarray, A: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """No more than D numbers that say the same of x_0 as y (N, M) does, their A and noise, and the rest of log p(y)."""
+    (N, M), D = y.shape, A.shape[2]
+    if M <= D or np.linalg.matrix_rank(noise).min() < M:
+        return y, A, noise, np.zeros(N)
+    white = np.linalg.solve(noise, y[..., None])[..., 0]
+    Q, triangular = np.linalg.qr(np.linalg.solve(noise, A))
+    kept = np.einsum("nmd,nm->nd", Q, white)
+    left = np.sum(white**2, 1) - np.sum(kept**2, 1) + (M - D) * np.log(2 * np.pi)
+    return kept, triangular, np.tile(np.eye(D), (N, 1, 1)), -0.5 * left - np.linalg.slogdet(noise)[1]

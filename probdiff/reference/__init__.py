@@ -1,0 +1,1 @@
+"""Densities known without Monte Carlo, in float64."""

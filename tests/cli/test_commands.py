@@ -1,0 +1,337 @@
+"""The commands as a user runs them, and one clear line for each mistake."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import arviz as az
+import numpy as np
+import pandas as pd
+import pytest
+
+from probdiff import cli
+from probdiff.cli import commands
+
+QUICK = ["--num-timesteps=4", "--num-steps=40", "--width=8", "--depth=1", "--patience=0"]
+FIGURES = {"samples", "marginals", "distances", "schedule", "elbo_parts", "loss"}
+
+
+def run(monkeypatch, capsys, *arguments):
+    """The exit code, and what the command printed on standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["probdiff", *map(str, arguments)])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return (stopped.value.code or 0, *capsys.readouterr())
+
+
+@pytest.fixture
+def probdiff(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: run(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished run on a table of one's own."""
+    folder = tmp_path_factory.mktemp("made")
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(rng.normal(size=(300, 3)) * [1.0, 20.0, 0.01], columns=["height", "weight", "ratio"])
+    table["ratio"] += table["height"] / 100
+    table.to_csv(folder / "own.csv", index=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["probdiff", "fit", "own.csv", *QUICK])
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    assert not stopped.value.code
+    return folder
+
+
+@pytest.fixture
+def own(made, tmp_path):
+    """A copy of it, in the working folder."""
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True) / "runs" / "own"
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_impute_fills_the_empty_cells_alone(probdiff, own):
+    table = pd.read_csv("own.csv").head(5)
+    table.loc[1, "weight"] = table.loc[3, "height"] = np.nan
+    table.loc[4] = np.nan
+    table[["ratio", "weight", "height"]].to_parquet("holes.parquet")  # in another order
+    code, said, complaint = probdiff("impute", own, "holes.parquet", "-m", 7, "--num-particles", 100)
+    assert not code, complaint
+    assert "5 empty cells in 5 rows filled 7 times" in said
+    filled = pd.read_csv(own / "holes-imputed.csv")
+    assert filled.columns.tolist() == ["row", "draw", "height", "weight", "ratio"]
+    assert len(filled) == 35
+    assert not filled.isna().any(axis=None)
+    repeated = table.loc[filled["row"], ["height", "weight", "ratio"]].reset_index(drop=True)
+    known = ~repeated.isna()
+    np.testing.assert_allclose(filled[repeated.columns].where(known), repeated, rtol=1e-6)
+    assert (filled.groupby("row").nunique().loc[4, ["height", "weight", "ratio"]] > 3).all()
+    dt = az.from_netcdf(own / "holes-imputed-draws.nc")
+    assert dict(dt["posterior"].dataset.sizes) == {"chain": 8, "draw": 100, "datum": 3, "feature": 3}
+    for group in ("posterior", "filters", "evidence", "observed_data"):
+        assert dt[group]["datum"].to_numpy().tolist() == [1, 3, 4]  # rows without empty cells are not drawn
+    for arguments, message in (
+        (["holes.parquet", "-m", 0], "--num-draws is 0"),
+        (["holes.parquet", "--out", "holes.npy"], "--out is holes.npy; it must end in .csv"),
+        (["own.csv"], "the table has no empty cell"),
+        (["own.xlsx"], "the files read are"),
+        (["none.csv"], "none.csv does not exist"),
+    ):
+        code, _, complaint = probdiff("impute", own, *arguments)
+        assert code == 1
+        assert message in complaint
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_impute_takes_for_integers_what_the_fit_took_for_them(probdiff):
+    """By the dtype of the column in the training table, and not by the values in either."""
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"count": rng.poisson(30, 200), "tens": np.round(rng.normal(size=200) * 10)})
+    table.to_csv("mixed.csv", index=False)
+    code, _, complaint = probdiff("fit", "mixed.csv", *QUICK, "--dequantise", "--num-chains", 1)
+    assert not code, complaint
+    holes = table.head(4).astype(float)
+    holes.loc[0, "count"] = holes.loc[1, "tens"] = np.nan
+    holes.to_csv("holes.csv", index=False)
+    code, _, complaint = probdiff("impute", "runs/mixed", "holes.csv", "--num-particles", 100)
+    assert not code, complaint
+    filled = pd.read_csv("runs/mixed/holes-imputed.csv").set_index("row")
+    assert (filled["count"] == np.floor(filled["count"])).all()
+    assert (filled.loc[1, "tens"] != np.floor(filled.loc[1, "tens"])).all()
+    assert (filled.loc[0, "tens"] == table.loc[0, "tens"]).all()
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_fit_on_a_table_leaves_the_run_folder(own):
+    assert {file.stem for file in own.glob("*.png")} == FIGURES
+    assert all(file.stat().st_size > 5000 for file in own.glob("*.png"))
+    summary = pd.read_csv(own / "summary.csv")
+    assert len(summary) == 2
+    assert np.isfinite(summary[["K", "K se", "K bits", "worst R-hat"]].to_numpy()).all()
+    np.testing.assert_allclose(summary["K bits"], summary["K"] / np.log(2))
+    dt = az.from_netcdf(own / "fit.nc")
+    assert dt["posterior"]["feature"].to_numpy().tolist() == ["height", "weight", "ratio"]
+    assert json.loads((own / "run.json").read_text())["num_timesteps"] == 4
+    assert not list(own.glob(".*"))
+
+
+@pytest.mark.slow
+def test_check_prints_the_ledger_of_a_run_and_exits_with_one_where_a_row_fails(own, probdiff, monkeypatch):
+    code, out, err = probdiff("check", own, "--num-draws", 200)
+    assert code == 0, out + err
+    tags = [line.split()[0] for line in out.splitlines() if line.startswith("N")]
+    assert tags[1:] == [f"N{i}" for i in range(1, 18)]  # after the title
+    real = commands.derivation.check
+    swapped = lambda model, guide, *args, **kwargs: real(guide, model, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(commands.derivation, "check", swapped)
+    code, out, err = probdiff("check", own)
+    assert code == 1
+    assert "are model and guide swapped?" in out
+
+
+def test_known_density_gives_the_gap(probdiff):
+    code, out, err = probdiff("fit", "8-gaussians", *QUICK, "--num-chains", 1, "--out", "ring")
+    assert code == 0, err
+    assert err == ""
+    row = pd.read_csv("ring/summary.csv").iloc[0]
+    assert row["gap L-K"] == pytest.approx(row["exact L"] - row["K"])
+    assert row["gap L-K"] > 4 * row["gap se"]  # 40 steps teach little
+    assert "gap L-K" in out
+    assert "The reverse marginals" in out
+
+
+def test_report_prints_the_same_table(own, probdiff):
+    before = pd.read_csv(own / "summary.csv")
+    (own / "summary.csv").unlink()
+    code, out, err = probdiff("report", own)
+    assert (code, err) == (0, "")
+    assert "Held-out log-likelihood" in out
+    pd.testing.assert_frame_equal(pd.read_csv(own / "summary.csv"), before)
+
+
+def test_report_refuses_a_table_that_has_changed(own, probdiff):
+    table = pd.read_csv("own.csv")
+    table[::-1].to_csv("own.csv", index=False)
+    code, _, err = probdiff("report", own)
+    assert code == 1
+    assert err == "probdiff: own.csv has changed since the fit, so its held-out rows are not known\n"
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".csv", ".parquet"])
+def test_sample_writes_draws_in_the_units_of_the_data(own, probdiff, suffix):
+    out = f"draws{suffix}"
+    code, _, err = probdiff("sample", own, "-n", 50, "--out", out)
+    assert (code, err) == (0, "")
+    if suffix == ".npy":
+        draws = np.load(out)
+    else:
+        frame = pd.read_csv(out) if suffix == ".csv" else pd.read_parquet(out)
+        assert list(frame) == ["height", "weight", "ratio"]
+        draws = frame.to_numpy()
+    assert draws.shape == (50, 3)
+    assert 5 < draws[:, 1].std() < 60
+
+
+def test_a_run_made_before_there_were_bits_is_still_read(own, probdiff):
+    options = json.loads((own / "run.json").read_text())
+    for name in ("binary", "base_rate", "components"):
+        del options[name]
+    (own / "run.json").write_text(json.dumps(options))
+    assert probdiff("sample", own, "--out", "draws.npy", "-n", 5)[0] == 0
+
+
+def test_a_table_of_bits_is_fitted_and_drawn_from(tmp_path, probdiff):
+    bits = pd.DataFrame(np.random.default_rng(0).integers(0, 2, size=(300, 3)), columns=["a", "b", "c"])
+    bits["never"] = 0
+    bits.to_csv("bits.csv", index=False)
+    code, _, error = probdiff("fit", "bits.csv", *QUICK)
+    assert code
+    assert "--binary" in error
+    code, _, error = probdiff("fit", "bits.csv", "--binary", "--covariance=full", *QUICK)
+    assert code
+    assert "--covariance is of Gaussian chains" in error
+    code, printed, error = probdiff("fit", "bits.csv", "--binary", "--components=2", *QUICK)
+    assert not code, error
+    assert "base rate 0.5, components 2" in printed
+    assert "warning" not in error
+    summary = pd.read_csv(tmp_path / "runs" / "bits" / "summary.csv")
+    assert np.isfinite(summary["worst R-hat"]).all()
+    run_folder = tmp_path / "runs" / "bits"
+    assert {path.stem for path in run_folder.glob("*.png")} == FIGURES
+    assert probdiff("sample", run_folder, "--out", "draws.csv", "-n", 50)[0] == 0
+    draws = pd.read_csv("draws.csv")
+    assert list(draws) == ["a", "b", "c", "never"]
+    assert set(np.unique(draws)) == {0, 1}
+
+
+def test_resume_of_a_finished_run_says_the_same(own, probdiff):
+    before = (own / "fit.npz").read_bytes()
+    code, _, err = probdiff("fit", "own.csv", *QUICK, "--resume")
+    assert (code, err) == (0, "")
+    assert (own / "fit.npz").read_bytes() == before
+
+
+def test_resume_needs_the_same_configuration(own, probdiff):
+    files = {file: file.read_bytes() for file in own.rglob("*") if file.is_file()}
+    code, _, err = probdiff("fit", "own.csv", *QUICK, "--resume", "--num-steps", 50)
+    assert code == 1
+    assert err == "probdiff: runs/own holds a run of another configuration: its --num-steps is 40, this one's is 50\n"
+    Path("own.csv").write_text(Path("own.csv").read_text().replace("0.1", "0.2"))
+    code, _, err = probdiff("fit", "own.csv", *QUICK, "--resume")
+    assert code == 1
+    assert "holds a run of another configuration: its x" in err
+    assert {file: file.read_bytes() for file in own.rglob("*") if file.is_file()} == files
+
+
+def test_a_run_is_not_overwritten(own, probdiff):
+    code, _, err = probdiff("fit", "own.csv", *QUICK)
+    assert code == 1
+    assert err == "probdiff: runs/own already holds a run: add --resume to go on with it, or --out for another folder\n"
+
+
+@pytest.mark.parametrize("command", ["fit", "sample"])
+def test_a_full_disk_is_one_line_and_loses_nothing(own, command):
+    """A limit on the size of files stands for a full disk, in a process of its own."""
+    files = {file: file.read_bytes() for file in own.parent.rglob("*") if file.is_file()}
+    arguments = {
+        "fit": ["fit", "own.csv", *QUICK, "--out", "runs/other"],
+        "sample": ["sample", "runs/own", "-n", "5000", "--out", "runs/draws.npy"],
+    }
+
+    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 4; exec "$@"', "bash"]
+    command_line = [sys.executable, "-c", "from probdiff.cli import main; main()", *arguments[command]]
+    done = subprocess.run(
+        limited + command_line,
+        cwd=own.parent.parent,
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("probdiff: could not write "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert {file: file.read_bytes() for file in files} == files
+    assert not (own.parent / "draws.npy").exists()
+
+
+ONE_LINE = {
+    "unknown data": (["fit", "swiss-rol"], "no data set is called 'swiss-rol'"),
+    "no such file": (["fit", "none.csv"], "none.csv does not exist"),
+    "unreadable": (["fit", "damaged.parquet"], "damaged.parquet could not be read"),
+    "not a number": (["fit", "words.csv"], "column 'name' does not hold numbers"),
+    "unknown column": (["fit", "good.csv", "--columns", "a,z"], "no column 'z'; its columns are a, b"),
+    "NaN": (["fit", "holes.csv"], "holes.csv has 1 entries that are NaN or infinite, in row(s) 7 and column(s) b"),
+    "integers": (["fit", "whole.csv"], "column 'a' holds integers"),
+    "some integers": (["fit", "mixed.csv"], "column 'b' holds integers"),
+    "option of tables": (["fit", "--columns", "x"], "swiss-roll is synthetic"),
+    "empty": (["fit", "empty.csv"], "empty.csv could not be read"),
+    "no rows": (["fit", "none_left.csv"], "0 row(s)"),
+    "one row": (["fit", "one.csv"], "1 row(s)"),
+    "constant": (["fit", "constant.csv"], "same value in every row of feature(s) b"),
+    "T below 1": (["fit", "--num-timesteps", "0"], "num_timesteps is 0"),
+    "batch too large": (["fit", "good.csv", "--batch-size", "1000"], "batch_size is 1000; x has"),
+    "covariance": (["fit", "--covariance", "round"], "round"),
+    "schedule": (["fit", "--schedule", "square"], "--schedule is square"),
+    "unknown option": (["fit", "--num-timestep", "3"], "No such option: --num-timestep"),
+    "bad value": (["fit", "--num-timesteps", "three"], "valid integer"),
+    "unknown command": (["fits"], "No such command 'fits'"),
+    "no run": (["report", "nowhere"], "nowhere holds no finished run"),
+    "no sample file": (["sample", "nowhere", "--out", "draws.txt"], "it must end in"),
+}
+
+
+@pytest.mark.parametrize("case", ONE_LINE)
+def test_mistakes_are_told_in_one_line(probdiff, case):
+    rng = np.random.default_rng(0)
+    good = pd.DataFrame(rng.normal(size=(40, 2)), columns=["a", "b"])
+    good.to_csv("good.csv", index=False)
+    good.assign(name="word").to_csv("words.csv", index=False)
+    good.assign(b=1.0).to_csv("constant.csv", index=False)
+    good.mask((good.index == 7)[:, None] & [False, True]).to_csv("holes.csv", index=False)
+    good.round().astype(int).to_csv("whole.csv", index=False)
+    good.assign(b=range(40)).to_csv("mixed.csv", index=False)
+    good[:0].astype(float).to_csv("none_left.csv", index=False)
+    good[:1].to_csv("one.csv", index=False)
+    Path("empty.csv").touch()
+    Path("damaged.parquet").write_bytes(b"PAR1 and no more")
+    arguments, words = ONE_LINE[case]
+    code, out, err = probdiff(*arguments)
+    assert code in (1, 2)
+    assert err.count("\n") == 1, err
+    assert err.startswith("probdiff: ")
+    assert words in err
+    assert "Traceback" not in out + err
+    assert not Path("runs").exists()
+
+
+def test_help_names_every_command(probdiff):
+    code, out, _ = probdiff("--help")
+    assert code == 0
+    for command in ("fit", "report", "sample"):
+        assert command in out
+
+
+@pytest.mark.slow
+def test_two_processes_fit_one_run_and_tell_an_error_once(tmp_path):
+    table = pd.DataFrame(np.random.default_rng(0).normal(size=(300, 2)), columns=["a", "b"])
+    table.to_csv(tmp_path / "own.csv", index=False)
+    start = [sys.executable, "-c", "from probdiff.cli import main; main()", "fit", "own.csv", *QUICK]
+    fit = lambda: subprocess.run([*start, "--processes=2"], cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
+    done = fit()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("own.csv: 240 rows") == 1
+    assert (tmp_path / "runs/own/summary.csv").exists()
+    again = fit()
+    assert again.returncode == 1
+    assert again.stderr.count("probdiff: runs/own already holds a run") == 1

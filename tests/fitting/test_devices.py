@@ -1,0 +1,187 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from probdiff import GaussianDiffusion, devices, schedules
+from probdiff.fitting.checkpoints import configuration
+
+TESTS = str(Path(__file__).parents[1])
+
+FIT = """
+import sys, jax, numpy as np
+from jax.sharding import Mesh
+sys.path[:0] = [{tests!r}, {tests!r} + "/fitting"]
+address, index, count = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+if count > 1:
+    jax.distributed.initialize(address, count, index)
+import test_loop as test_training
+from helpers.diffusions import mlp_diffusion
+from probdiff.fitting import checkpoints
+from probdiff.fitting import loop as training
+def fit(num_chains=1, mesh=None, *, folder=None, x=test_training.X[:61], **options):
+    settings = training.Settings(num_steps=20, batch_size=16, num_chains=num_chains, check_every=10)
+    return training.train(
+        mlp_diffusion(), x, settings, rng_key=test_training.KEY, validation=test_training.X[61:],
+        checkpoint_dir=folder and sys.argv[1] + folder, progress_bar=False, mesh=mesh, **options,
+    )
+def save(*trees):
+    np.savez(sys.argv[1] + f"-{{index}}", *jax.tree.leaves(trees))
+def kept(fits):
+    return [(f.params, f.losses, f.validation) for f in fits]
+local = np.array(jax.local_devices())
+"""
+
+
+def run(out, code, count=1, devices=1):
+    """What each of `count` processes saves."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    program = FIT.format(tests=TESTS) + code
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, out, address, str(i), str(count)], env=environment)
+        for i in range(count)
+    ]
+    try:
+        assert [process.wait(120) for process in processes] == [0] * count
+    finally:
+        for process in processes:
+            process.kill()
+    return [[held[name] for name in held] for held in (np.load(f"{out}-{i}.npz") for i in range(count))]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run(str(tmp_path_factory.mktemp("one") / "fit"), "save(kept([fit(1), fit(2)]))")[0]
+
+
+def agree(leaves, others):
+    for leaf, other in zip(leaves, others, strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=2e-5, atol=2e-6)
+
+
+SPREAD = """
+seen = {}
+make_steps = training.make_steps
+def spying(d, svi, settings, mesh):
+    run = make_steps(d, svi, settings, mesh)
+    def steps(state, average, x, *rest):
+        results = run(state, average, x, *rest)
+        size = len(jax.tree.leaves(results[1])[0])  # chains
+        seen[settings.num_chains] = [len(x.sharding.device_set), x.addressable_shards[0].data.shape[0],
+            size // len({s.index for s in jax.tree.leaves(results[1])[0].addressable_shards})]
+        return results
+    return steps
+training.make_steps = spying
+"""
+
+
+def test_eight_devices_fit_as_one_does(alone, tmp_path):
+    """61 rows, which eight do not divide; one chain, two chains with four devices each, and meshes that are given.
+
+    The rows lie spread out: 8 of 64 on each of eight devices for one chain, 16 on each of four for each of two.
+    """
+    code = SPREAD + (
+        "spread = [fit(1), fit(2)]\n"
+        "where = np.array([seen[1], seen[2]])\n"
+        "others = [fit(1, jax.make_mesh((4,), ('data',))), fit(2, Mesh(local[:2], ('chain',)))]\n"
+        "save(kept(spread + others), where)\n"
+    )
+    *leaves, where = run(str(tmp_path / "fit"), code, devices=8)[0]
+    agree(leaves, [*alone, *alone])
+    np.testing.assert_array_equal(where, [[8, 8, 1], [8, 16, 1]])  # devices, rows on each, chains on each
+
+
+def test_two_processes_fit_the_same_data_and_end_with_the_same_params(alone, tmp_path):
+    """Joined by `jax.distributed` over loopback; stopped after one check, they go on to the same bits."""
+    code = """
+whole = fit(folder="-whole")
+save_one = checkpoints.Checkpoints.save
+def stopping(self, check, tree):
+    save_one(self, check, tree)
+    raise RuntimeError("stopped")
+checkpoints.Checkpoints.save = stopping
+try:
+    fit(folder="-run")
+except RuntimeError:
+    pass
+checkpoints.Checkpoints.save = save_one
+save(kept([whole, fit(folder="-run", resume=True)]))
+"""
+    first, second = run(str(tmp_path / "fit"), code, count=2)
+    for leaf, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(leaf, other)
+    whole, resumed = first[: len(first) // 2], first[len(first) // 2 :]
+    for leaf, other in zip(whole, resumed, strict=True):
+        np.testing.assert_array_equal(leaf, other)
+    agree(whole, alone[: len(whole)])
+
+
+def test_an_error_of_one_process_is_that_of_all(tmp_path):
+    """Other data in the second process; a folder that holds a run; validation that the first finds not finite."""
+    code = """
+from pathlib import Path
+from probdiff import likelihood
+said = []
+def wrong(kind, **options):
+    try:
+        fit(**options)
+    except kind as error:
+        said.append(str(error))
+wrong(ValueError, x=test_training.X[:61] + index)
+import probdiff
+fit_here, fit = fit, lambda x: probdiff.fit(mlp_diffusion(), x, rng_key=test_training.KEY, num_steps=1, batch_size=4)
+wrong(ValueError, x=test_training.X * 2.0**index)  # the same, but for their units
+fit = fit_here
+if index == 0:
+    Path(sys.argv[1] + "-run").mkdir()
+    Path(sys.argv[1] + "-run/configuration.json").write_text("{}")
+wrong(FileExistsError, folder="-run")
+if index == 0:
+    likelihood.elbo = lambda *_, **__: result.LogLikelihood(np.array([np.nan]), np.zeros(1), "lower bound")
+wrong(FloatingPointError)
+save(np.array(said))
+"""
+    for (said,) in run(str(tmp_path / "fit"), code, count=2):
+        assert said[0].startswith("x is not the same in every process: process 1 has another")
+        assert said[1] == said[0]
+        assert "already holds a run" in said[2]
+        assert said[3].startswith("the validation ELBO is [nan] at step 10")
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [(("model",), "mesh is .*; it must be"), (("data",), "batch_size is 16"), (("chain",), "num_chains is 2")],
+)
+def test_bad_meshes_are_refused(axes, words, monkeypatch):
+    monkeypatch.setattr(Mesh, "shape", dict.fromkeys(axes, 3))  # one device here
+    with pytest.raises(ValueError, match=words):
+        devices.choose_mesh(Mesh(np.array(jax.devices()), axes), 2, 16)
+
+
+def test_a_diffusion_is_the_same_wherever_its_parts_lie_in_memory():
+    """Of a recipe without a `repr` of its own."""
+
+    class Recipe:
+        def build(self, *_): ...
+
+    made = [GaussianDiffusion((2,), schedules.linear(3), Recipe()) for _ in range(2)]
+    assert repr(made[0]) != repr(made[1])
+    x, key = np.zeros((2, 2)), jax.random.key(0)
+    first, second = (configuration({}, d, x, (0.0, 1.0), None, key, {}) for d in made)
+    assert first == second
+
+
+def test_devices_left_idle_are_told(monkeypatch):
+    one = jax.devices()[0]
+    monkeypatch.setattr(jax, "devices", lambda: [one] * 8)
+    with pytest.warns(UserWarning, match="for 8 devices to be used batch_size must be a multiple of 8; 4 are used"):
+        assert devices.choose_mesh(None, 1, 20).size == 4
