@@ -23,6 +23,7 @@ from numpyro.contrib.control_flow import scan
 
 from probdiff.at_time import draw_times, score_term
 from probdiff.checks import check_support
+from probdiff.families import compiled
 from probdiff.families.base import Family, ForwardStep, as_state, in_form_of, state_dtype
 from probdiff.families.binomial import Binomial
 from probdiff.families.gaussian import Covariance, Gaussian
@@ -89,12 +90,12 @@ class Diffusion:
         noise = self.schedule()
         plate, x_0 = self._data(x_0, subsample_size)
         if stacked:
-            _scan(plate, lambda x_prev, t: q.step(x_prev, noise, t), x_0, range(1, T + 1))
+            _scan(plate, lambda x_prev, t: compiled.step(q, x_prev, noise, t), x_0, range(1, T + 1))
             return
         with plate:
             x_t = x_0
             for t in range(1, T + 1):
-                step = q.step(x_t, noise, t)
+                step = compiled.step(q, x_t, noise, t)
                 x_t = numpyro.sample(f"x_{t}", step if T == 1 else ForwardStep(step))
 
     def forward_posterior(self, x_0: Event, *, stacked: bool = False, subsample_size: int | None = None) -> None:
@@ -102,18 +103,18 @@ class Diffusion:
         q, T = self.family, self.num_timesteps
         noise = self.schedule()
         plate, x_0 = self._data(x_0, subsample_size)
-        marginal = q.marginal(x_0, noise, T)
+        marginal = compiled.marginal(q, x_0, noise, T)
         if stacked:
 
             def step(x_next: Event, t: Time) -> dist.Distribution:
-                return _where(t == T, marginal, q.posterior(x_next, x_0, noise, jnp.minimum(t + 1, T)))
+                return _where(t == T, marginal, compiled.posterior(q, x_next, x_0, noise, jnp.minimum(t + 1, T)))
 
             _scan(plate, step, jnp.zeros_like(x_0), range(T, 0, -1))
             return
         with plate:
             x_t = numpyro.sample(f"x_{T}", marginal)
             for t in range(T, 1, -1):
-                x_t = numpyro.sample(f"x_{t - 1}", q.posterior(x_t, x_0, noise, t))
+                x_t = numpyro.sample(f"x_{t - 1}", compiled.posterior(q, x_t, x_0, noise, t))
 
     def reverse(
         self,
@@ -131,7 +132,7 @@ class Diffusion:
         p, T = self.family, self.num_timesteps
         _, kernel = self.kernels(dropout)
         plate, x_0 = self._data(x_0, subsample_size)
-        terminal = p.terminal(self._batch_shape(x_0))
+        terminal = compiled.terminal(p, self._batch_shape(x_0))
         if stacked:
 
             def step(x_next: Event, t: Time) -> dist.Distribution:
@@ -157,11 +158,11 @@ class Diffusion:
         t, scale = draw_times(self.num_timesteps, self._batch_shape(x_0), time_probs)
         with plate:
             with handlers.mask(mask=False):
-                x_t = numpyro.sample("x_t", q.marginal(x_0, noise, t))
+                x_t = numpyro.sample("x_t", compiled.marginal(q, x_0, noise, t))
             if T > 1:
                 with handlers.scale(scale=scale), handlers.mask(mask=t > 1):
-                    numpyro.sample("x_prev", q.posterior(x_t, x_0, noise, jnp.maximum(t, 2)))
-            numpyro.sample(f"x_{T}", q.marginal(x_0, noise, T))
+                    numpyro.sample("x_prev", compiled.posterior(q, x_t, x_0, noise, jnp.maximum(t, 2)))
+            numpyro.sample(f"x_{T}", compiled.marginal(q, x_0, noise, T))
 
     def reverse_at_time(
         self,
@@ -184,7 +185,7 @@ class Diffusion:
         noise, kernel = self.kernels(dropout)
         plate, x_0 = self._data(x_0, subsample_size)
         t, scale = draw_times(self.num_timesteps, self._batch_shape(x_0), time_probs)
-        q_of_x_0, x_prev = p.marginal(x_0, noise, t), None
+        q_of_x_0, x_prev = compiled.marginal(p, x_0, noise, t), None
         with plate:
             with handlers.mask(mask=False):
                 x_t = numpyro.sample("x_t", q_of_x_0)
@@ -196,9 +197,9 @@ class Diffusion:
                 with handlers.mask(mask=t == 1):
                     numpyro.sample("x_0", p_of_x_t, obs=x_0)
             if not q_of_x_0.has_rsample:
-                q_of_x_t = p.posterior(x_t, x_0, noise, jnp.clip(t, min(2, T), T))
+                q_of_x_t = compiled.posterior(p, x_t, x_0, noise, jnp.clip(t, min(2, T), T))
                 numpyro.factor("score", scale * score_term(t, x_0, x_t, x_prev, q_of_x_0, q_of_x_t, p_of_x_t))
-            numpyro.sample(f"x_{T}", p.terminal(self._batch_shape(x_0)))
+            numpyro.sample(f"x_{T}", compiled.terminal(p, self._batch_shape(x_0)))
 
     def kernels(self, dropout: bool = False) -> tuple[NoiseLevels, Callable[[Event, Time], dist.Distribution]]:
         """The noise levels, and p(x_{t−1} given x_t) as a function of x_t and t: all that has params.

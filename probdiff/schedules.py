@@ -81,6 +81,7 @@ class NoiseLevels(eqx.Module):
         return of_x_0, jnp.exp(0.5 * self.log_alpha[index - 1]) * rho, std
 
 
+@jax.jit
 def from_beta(beta: Float[Array, " T"]) -> NoiseLevels:
     """Noise levels of β_1…β_T, shape (T,)."""
     log_alpha = jnp.log1p(-beta)

@@ -201,7 +201,8 @@ def check(
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
 ) -> None:
     """Check the derivation, N1…N17, on a pair of chains: one row for each statement. Exits with 1 where one fails."""
-    key, key_data, key_params = jax.random.split(jax.random.key(seed), 3)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    key, key_data, key_params = (keys[i] for i in range(3))
     schedule, network = schedules.LearnedBetas(40), networks.ResidualMLP()
     starts: dict[str, tuple[Any, Diffusion]] = {
         "swiss-roll": (datasets.SwissRoll(0.5), GaussianDiffusion((2,), schedule, network, "full")),
@@ -213,7 +214,7 @@ def check(
     with jax.enable_x64(not float32):
         if opened is None or prepared is None:
             data, d = starts[name]
-            x = np.asarray(data.sample(key_data, max_data))
+            x = np.asarray(jax.jit(data.sample, static_argnums=1)(key_data, max_data))
             params = derivation.typical_params(d, key_params)
         else:
             d, data_split = prepared

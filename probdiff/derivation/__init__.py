@@ -8,18 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpy.typing import ArrayLike
+from numpyro import validation_enabled
 from numpyro.infer import TraceMeanField_ELBO
 
 from probdiff.chains import Diffusion
-from probdiff.checks import check_bits, check_data, check_key
-from probdiff.derivation import bound_rows, chain_rows
+from probdiff.checks import check_bits, check_count, check_data, check_key
+from probdiff.derivation import bound, forward, marginal, reversal  # noqa: F401  # each declares its rows
 from probdiff.derivation.bits import PairOfBits
-from probdiff.derivation.evidence import Evidence, Family, Finding, NotApplicable, Wrong
+from probdiff.derivation.evidence import Evidence, NotApplicable, Reader, Wrong
 from probdiff.derivation.gaussian import GaussianPair
 from probdiff.derivation.gradient import jittered
-from probdiff.derivation.ledger import Comparison, Ledger, Row, Verdict
+from probdiff.derivation.ledger import Comparison, Ledger, Row, Statement, Verdict
 from probdiff.derivation.pair import Pair, Program, supports
-from probdiff.derivation.statements import Statement
+from probdiff.derivation.rows import CHECKS, Check
 from probdiff.reference import feller, oracle, oracle_of_bits
 from probdiff.types import Key, Params
 
@@ -36,29 +37,11 @@ __all__ = [
     "typical_params",
 ]
 
-# what computes each row, and the rows that it cannot do without, in an order in which all can be computed;
-# "q" and "p" stand for a chain that has the right sites
-_ROWS: dict[str, tuple[Callable[[Evidence], Finding], tuple[str, ...]]] = {
-    "N2": (chain_rows.n2, ("q", "p")),
-    "N3": (chain_rows.n3, ("q", "p", "N2")),
-    "N5": (chain_rows.n5, ("q", "p")),
-    "N13": (chain_rows.n13, ("q", "p")),
-    "N1": (chain_rows.n1, ("q", "p", "N2")),
-    "N6": (chain_rows.n6, ("q", "p", "N3")),
-    "N8": (chain_rows.n8, ("q", "p")),
-    "N7": (chain_rows.n7, ("q", "p")),
-    "N4": (chain_rows.n4, ("q", "p", "N5", "N13")),
-    "N10": (chain_rows.n10, ("N4",)),
-    "N12": (bound_rows.n12, ("q", "p", "N13", "N8")),
-    "N9": (bound_rows.n9, ("N12",)),
-    "N11": (bound_rows.n11, ("N12",)),
-    "N14": (bound_rows.n14, ("N5", "N12")),
-    "N15": (bound_rows.n15, ("N14",)),
-    "N16": (bound_rows.n16, ("q", "p")),
-    "N17": (bound_rows.n17, ("N2", "N14")),
-}
+# an order in which each row comes after those that it needs
+_ORDER = ("N2", "N3", "N5", "N13", "N1", "N6", "N8", "N7", "N4", "N10", "N12", "N9", "N11", "N14", "N15", "N16", "N17")
 
 
+@validation_enabled(is_validate=False)  # it compiles a program for each constant that is checked
 def check(
     model: Program,
     guide: Program,
@@ -103,47 +86,50 @@ def check(
         raise TypeError(f"params is {params!r}; it must be a dict of NumPyro params, or None")
     if np.ndim(x) == 0:
         raise ValueError(f"x is {x!r}; it must be data of shape (N, *event)")
-    family, data = _family_and_data(model, guide, params, np.asarray(x))
-    key_rows, key = jax.random.split(check_key(rng_key))
-    for name, value, least in (("num_draws", num_draws, 100), ("max_data", max_data, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
+    reader, drawn, data = _reader_and_data(model, guide, params, np.asarray(x))
+    keys = jax.random.split(check_key(rng_key))
+    check_count(num_draws, "num_draws", 100)
+    check_count(max_data, "max_data", 1)
     if not isinstance(failure_rate, float) or not 0 < failure_rate < 1:
         raise ValueError(f"failure_rate is {failure_rate!r}; it must be between 0 and 1")
     for name, form in (forms or {}).items():
         if not isinstance(form, tuple) or len(form) != 3 or not hasattr(form[2], "loss"):
             raise TypeError(f"forms[{name!r}] is {form!r}; it must be (model, guide, elbo)")
     if len(data) > max_data:
-        rows = jax.random.permutation(key_rows, len(data))[:max_data]
+        rows = jax.random.permutation(keys[0], len(data))[:max_data]
         data = data[np.sort(np.asarray(rows))]
     pair = Pair(model, guide, jnp.asarray(data), params)
     given_beta = None if beta is None else np.asarray(beta, np.float64)
     if given_beta is not None and given_beta.shape != (pair.num_timesteps,):
         raise ValueError(f"beta has shape {given_beta.shape}; these chains have T = {pair.num_timesteps}")
     claims = {"f_mu": f_mu, "f_sigma": f_sigma}
-    rows_by_tag = _rows(Evidence(pair, family, key, num_draws, failure_rate, given_beta, claims, forms or {}))
+    evidence = Evidence(pair, reader, drawn, keys[1], num_draws, failure_rate, given_beta, claims, forms or {})
+    rows_by_tag = _rows(evidence)
     title = (
         f"N1…N17 on {len(data)} of {len(np.asarray(x)):,} data of shape {data.shape[1:]}, T = {pair.num_timesteps}, "
         f"{num_draws:,} paths each, {jnp.result_type(float)}, log densities in nats"
     )
-    return Ledger(tuple(rows_by_tag[statement.tag] for statement in family.statements), title, failure_rate)
+    return Ledger(tuple(rows_by_tag[f"N{i}"] for i in range(1, 18)), title, failure_rate)
 
 
-def _family_and_data(model: Program, guide: Program, params: Params | None, x: np.ndarray) -> tuple[Family, np.ndarray]:
-    """What the pair draws, and x as it wants it: floating-point numbers, or bits of the dtype that x has."""
+def _reader_and_data(
+    model: Program, guide: Program, params: Params | None, x: np.ndarray
+) -> tuple[Reader | None, str, np.ndarray]:
+    """What knows the distributions of the pair, if anything, their name, and x in the dtype that they want."""
     drawn = set().union(*(supports(program, params, x) for program in (guide, model)))
-    if others := drawn - {"bits", "numbers"}:
-        raise TypeError(f"the pair draws x_t from {', '.join(sorted(others))}; x_t must have a density or be bits")
-    if drawn == {"bits", "numbers"}:
-        raise TypeError("some x_t of the pair are bits and some have a density; they must be of one kind")
+    if len(drawn) > 1:
+        raise TypeError(f"some x_t of the pair are {' and some '.join(sorted(drawn))}; they must be of one kind")
     if drawn == {"bits"}:
-        return PairOfBits(), check_bits(x, x.shape[1:], "x").astype(x.dtype)
-    return GaussianPair(), check_data(x, x.shape[1:], "x").astype(jnp.result_type(float))
+        return PairOfBits(), "bits", check_bits(x, x.shape[1:], "x").astype(x.dtype)
+    if drawn <= {"numbers"}:
+        return GaussianPair(), "numbers", check_data(x, x.shape[1:], "x").astype(jnp.result_type(float))
+    check_data(x.astype(np.float64), x.shape[1:], "x")
+    return None, drawn.pop(), x
 
 
 def typical_params(d: Diffusion, rng_key: Key) -> Params:
     """Initial params of a diffusion, the network's moved at random by a tenth of their size, so that none is zero."""
-    return jittered(d.initial_params(rng_key), ["network$params"], rng_key)
+    return jittered(jax.jit(d.initial_params)(rng_key), ["network$params"], rng_key)
 
 
 def forms(d: Diffusion) -> dict[str, tuple[Program, Program, Any]]:
@@ -160,24 +146,27 @@ def _rows(e: Evidence) -> dict[str, Row]:
         "q": {"N5"} if e.pair.q.problems else set(),
         "p": {"N13"} if e.pair.p.problems else set(),
     }
-    by_tag = {statement.tag: statement for statement in e.family.statements}
-    for tag, (compute, needs) in _ROWS.items():
+    for tag in _ORDER:
+        declared = CHECKS[tag]
+        statement = declared.of_bits if e.has_reader and e.reader.of_bits else declared.statement
         problems = {"N5": e.pair.q, "N13": e.pair.p}[tag].problems if tag in ("N5", "N13") else []
-        broken = set().union(*(roots[need] for need in needs))
+        broken = set().union(*(roots[need] for need in declared.needs))
         if problems:
-            rows[tag] = Row(by_tag[tag], "fails", detail="; ".join(problems))
+            rows[tag] = Row(statement, "fails", detail="; ".join(problems))
         elif broken:
-            rows[tag] = Row(by_tag[tag], "depends", detail=f"on {', '.join(sorted(broken, key=_number))}")
+            rows[tag] = Row(statement, "depends", detail=f"on {', '.join(sorted(broken, key=_number))}")
         else:
-            rows[tag] = _row(by_tag[tag], compute, e)
+            rows[tag] = _row(statement, declared, e)
         roots[tag] = {tag} if rows[tag].verdict == "fails" else broken
         e.holds[tag] = rows[tag].verdict in ("holds", "approximate")
     return rows
 
 
-def _row(statement: Statement, compute: Callable[[Evidence], Finding], e: Evidence) -> Row:
+def _row(statement: Statement, declared: Check, e: Evidence) -> Row:
     try:
-        comparisons, detail, size = compute(e)
+        if declared.reads:
+            _ = e.reader  # raises where there is none
+        comparisons, detail, size = declared.compute(e)
     except NotApplicable as why:
         failed = not all(comparison.holds for comparison in why.comparisons)
         return Row(statement, "fails" if failed else "not applicable", why.comparisons, str(why))

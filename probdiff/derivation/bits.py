@@ -11,12 +11,11 @@ from scipy import stats
 from scipy.special import log_expit, logsumexp, rel_entr
 
 from probdiff.derivation.bernoulli import log_odds_of_product, mixture_parts, moments
-from probdiff.derivation.evidence import Evidence, Moments, NotApplicable, Wrong
+from probdiff.derivation.evidence import Evidence, ForwardForm, Moments, NotApplicable, Reversal, Terminal, Wrong
 from probdiff.derivation.gradient import directions
 from probdiff.derivation.ledger import Comparison, bernstein, machine
 from probdiff.derivation.pair import Chain, Path, log_probs_in_blocks
 from probdiff.derivation.score import MeanSlope, enumerated_elbo, gradient_draws, reweighted_elbo
-from probdiff.derivation.statements import STATEMENTS_OF_BITS
 from probdiff.reference import flips
 from probdiff.reference.quadrature import MOST_BITS, states
 from probdiff.reference.two_state import TwoStateChain
@@ -33,28 +32,27 @@ _PATHS = 2**22  # through all states: N·T·M² of the largest K that is summed 
 class PairOfBits:
     """q(x_t given x_{t−1}) = Bernoulli(x_{t−1}·(1−β_t) + π·β_t) of each bit, p(x_T) = Bernoulli(π).
 
-    p(x_{t−1} given x_t) is any distribution of bits. See `evidence.Family`.
+    p(x_{t−1} given x_t) is any distribution of bits. See `evidence.Reader`.
     """
 
-    statements = STATEMENTS_OF_BITS
-    prior = "Bernoulli(π)"
-    no_closed_form = "q is no chain of two states for each bit"
-    noise_share = 0.9
+    of_bits = True
+    mostly_noise = 0.9
     not_of_n3 = "the bits of x_t are not independent, or one depends on another bit of x_{t−1}"
 
-    def other(self, x: Array) -> Array:
+    def other(self, x: np.ndarray) -> np.ndarray:
         """Every bit flipped."""
-        return jnp.where(x == 0, 1, 0).astype(x.dtype)
-
-    another = other
-
-    def anything(self, x: Array) -> dist.Distribution:
-        return dist.Bernoulli(jnp.full(x.shape, 0.5)).to_event(jnp.ndim(x))
+        return np.where(x == 0, 1, 0).astype(x.dtype)
 
     def moments(self, kernel: dist.Distribution, x: Array) -> Moments:
         return moments(kernel, x)
 
-    def q(self, e: Evidence) -> TwoStateChain | None:
+    def forward(self, e: Evidence) -> ForwardForm | None:
+        q = self._forward(e)
+        if q is None:
+            return None
+        return ForwardForm(q, _read(q)[0].mean((1, 2)), "the kernels' P(1 given 0) + P(0 given 1)")
+
+    def _forward(self, e: Evidence) -> TwoStateChain | None:
         """Read off the kernels where x_0 and the x_t are all zeros and all ones, and confirmed on other paths."""
         chain, T, D = e.pair.q, e.pair.num_timesteps, e.pair.size
         ends = jnp.stack([jnp.zeros_like(e.pair.x[0]), jnp.ones_like(e.pair.x[0])])
@@ -84,38 +82,36 @@ class PairOfBits:
         own, bit = e.x_0.astype(int), np.arange(D)
         return TwoStateChain(both.first[own, bit], both.steps[:, own, bit])
 
-    def p(self, e: Evidence) -> None:
+    def reverse(self, e: Evidence) -> None:
         return None
 
     def nodes(self, e: Evidence) -> np.ndarray | None:
         return states(e.pair.size) if e.pair.size <= _ENUMERATED else None
 
-    def beta(self, e: Evidence) -> tuple[np.ndarray, str]:
-        return _read(e)[0].mean((1, 2)), "the kernels' P(1 given 0) + P(0 given 1)"
+    def terminal(self, e: Evidence) -> Terminal:
+        pi = self._probability(e)
 
-    def rate(self, e: Evidence) -> Float[np.ndarray, " D"]:
+        def kl_of(x_T: np.ndarray) -> np.ndarray:
+            return rel_entr(x_T, np.stack([1 - pi, pi], -1)).sum((1, 2))
+
+        def kl_from_alpha_bar(alpha_bar: float) -> np.ndarray:
+            on = _marginal(e.x_0, alpha_bar, pi)
+            return kl_of(np.stack([1 - on, on], -1))
+
+        def log_prob(x_T: np.ndarray) -> np.ndarray:
+            return stats.bernoulli.logpmf(x_T, pi).sum(-1)
+
+        return Terminal("Bernoulli(π)", log_prob, lambda: kl_of(_two_state_q(e).marginals()[-1]), kl_from_alpha_bar)
+
+    def _probability(self, e: Evidence) -> Float[np.ndarray, " D"]:
         """π of q where N3 holds, else that of p(x_T)."""
         if e.holds["N3"]:
             return _pi(e)
         return e.moments["p"][e.pair.num_timesteps][0][0, 0]
 
-    def log_prior(self, e: Evidence, x_T: np.ndarray) -> np.ndarray:
-        return stats.bernoulli.logpmf(x_T, self.rate(e)).sum(-1)
-
-    def kl_to_prior(self, e: Evidence) -> np.ndarray:
-        return self._kl(e, _two_state_q(e).marginals()[-1])
-
-    def kl_from_alpha_bar(self, e: Evidence, alpha_bar: float) -> np.ndarray:
-        on = _marginal(e.x_0, alpha_bar, self.rate(e))
-        return self._kl(e, np.stack([1 - on, on], -1))
-
-    def _kl(self, e: Evidence, of_x_T: np.ndarray) -> np.ndarray:
-        rate = self.rate(e)
-        return rel_entr(of_x_T, np.stack([1 - rate, rate], -1)).sum((1, 2))
-
     def log_q_from_alpha_bar(self, e: Evidence) -> tuple[float, str]:
         """q(x_T given x_0) ∏ q(x_{t−1} given x_t, x_0), each bit's posterior from ᾱ by Bayes' rule."""
-        T, rate = e.pair.num_timesteps, self.rate(e)
+        T, rate = e.pair.num_timesteps, self._probability(e)
         alpha_bar = np.concatenate([[1.0], np.cumprod(1 - e.beta)])
         path = [e.flat(e.draws[0][t][0]) for t in range(T + 1)]
         log_q = stats.bernoulli.logpmf(path[T], _marginal(path[0], alpha_bar[T], rate)).sum()
@@ -154,9 +150,19 @@ class PairOfBits:
         mixed[s, t] = np.abs(of_pair).max(1) if len(s) else 0.0
         return mixed, 100 * e.eps * size, "mixed differences"
 
-    def steps(self, e: Evidence) -> list[Comparison]:
+    def forward_kernels(self, e: Evidence) -> list[Comparison]:
+        return self._steps(e) + self._kernels(e, e.pair.q) + self._step_draws(e)
+
+    def reverse_kernels(self, e: Evidence) -> list[Comparison]:
+        found = self._kernels(e, e.pair.p)
+        try:
+            return found + self._reverse_draws(e)
+        except NotApplicable as why:
+            raise NotApplicable(str(why), found) from why
+
+    def _steps(self, e: Evidence) -> list[Comparison]:
         """β_t and π read off q, and the density of the sites where they are q(x_t given x_{t−1}) themselves."""
-        (beta, route), (of_q, pi_t), pi, eps = e.beta_and_route, _read(e), _pi(e), e.eps
+        (beta, route), (of_q, pi_t), pi, eps = e.beta_and_route, _read(_two_state_q(e)), _pi(e), e.eps
         if not np.all((pi > 0) & (pi < 1)):
             raise Wrong(f"π, the rate at which bits are drawn anew, is {pi}; it must lie between 0 and 1")
         each = beta[:, None, None]
@@ -176,7 +182,7 @@ class PairOfBits:
             found += [machine("log q(x_t | x_{t−1})", "the site", stated, name, by_scipy, scale)]
         return found
 
-    def step_draws(self, e: Evidence) -> list[Comparison]:
+    def _step_draws(self, e: Evidence) -> list[Comparison]:
         """How many bits of each value become one, and whether they do so each by itself."""
         T, D, beta, pi = e.pair.num_timesteps, e.pair.size, e.beta, _pi(e)
         path = {t: e.flat(x).reshape(-1, D) for t, x in e.draws[0].items()}
@@ -193,7 +199,7 @@ class PairOfBits:
         name, what = "P(x_t = 1 given x_{t−1} = 0 and 1)", "x_{t−1}·(1−β_t) + π·β_t"
         return [e.count(name, what, drawn, expected, number, variance), *self._together(e, residuals)]
 
-    def kernels(self, e: Evidence, chain: Chain) -> list[Comparison]:
+    def _kernels(self, e: Evidence, chain: Chain) -> list[Comparison]:
         """Each kernel's log density is that of its rates, also where bits are flipped, and sums to one."""
         path, rng = e.point(0), np.random.default_rng(np.asarray(jax.random.key_data(e.key())))
         shape, D = path[0].shape, e.pair.size
@@ -228,19 +234,19 @@ class PairOfBits:
             ]
         return found
 
-    def prior_draws(self, e: Evidence) -> list[Comparison]:
+    def terminal_draws(self, e: Evidence) -> list[Comparison]:
         """log p(x_T) at the draws of q, and draws of x_T."""
-        T, D, rate = e.pair.num_timesteps, e.pair.size, self.rate(e)
-        log_prior, x_T = np.float64(e.draws[2][T]), e.flat(e.draws[0][T])
+        T, D, rate = e.pair.num_timesteps, e.pair.size, self._probability(e)
+        log_p, x_T = np.float64(e.draws[2][T]), e.flat(e.draws[0][T])
         scale = 200 * e.eps * np.sum(1 / rate + 1 / (1 - rate))
         route = f"Bernoulli(π), SciPy, π {'of q' if e.holds['N3'] else 'its own'}"
         drawn = e.flat(e.generated[T]).reshape(-1, D)
         return [
-            machine("log p(x_T)", "the site", log_prior, route, self.log_prior(e, x_T), scale),
+            machine("log p(x_T)", "the site", log_p, route, e.terminal.log_prob(x_T), scale),
             e.count("mean of x_T", "π", drawn.mean(0), rate, len(drawn), rate * (1 - rate)),
         ]
 
-    def reverse_draws(self, e: Evidence) -> list[Comparison]:
+    def _reverse_draws(self, e: Evidence) -> list[Comparison]:
         """Draws of each reverse kernel against the rates and the covariance that it states."""
         drawn, expected, variance, residuals, number = [], [], [], [], 1
         signs = _signs(e)
@@ -271,18 +277,18 @@ class PairOfBits:
         name, route = "variance of the draws along a random diagonal", "as the kernels state"
         return [bernstein(name, "draws", squares, route, expected, number, spread, e.rate, D**2)]
 
-    def reversal(self) -> tuple[np.ndarray, np.ndarray, float, str]:
-        """The reversed kernel of three correlated bits against its nearest product, at β, 2β and 4β."""
-        q = np.array([0.22, 0.06, 0.09, 0.14, 0.05, 0.18, 0.07, 0.19])
-        kl, limit = flips.rate(q, np.array([1.0, 0.0, 1.0]), 0.3, [1e-4, 2e-4, 4e-4])
-        return kl, limit, 2.0, "β²·Σ_{i<j} c_i c_j·(r_ij·log(r_ij/(r_i r_j)) − r_ij + r_i r_j)"
+    def reversal(self, e: Evidence) -> Reversal:
+        """A reversed kernel of bits against its nearest product of Bernoullis, at β, 2β and 4β.
 
-    def reversal_here(self, e: Evidence) -> tuple[np.ndarray, int, str]:
-        """Of the first bits that vary among the data."""
+        At the chain's own β_t, of the first bits that vary among the data.
+        """
+        q = np.array([0.22, 0.06, 0.09, 0.14, 0.05, 0.18, 0.07, 0.19])  # of three correlated bits
+        kl, limit = flips.rate(q, np.array([1.0, 0.0, 1.0]), 0.3, [1e-4, 2e-4, 4e-4])
         vary = np.flatnonzero(np.ptp(e.x_0, axis=0) > 0)[:_REVERSED]
         kept = vary if len(vary) else np.arange(1)
         sizes = flips.chain_total_correlation(e.x_0[:, kept], e.beta, _pi(e)[kept])
-        return sizes, 1, f"nearest product) of the first {len(kept)} bit(s) that vary"
+        here = (sizes, 1, f"nearest product) of the first {len(kept)} bit(s) that vary")
+        return Reversal(kl, limit, 2.0, "β²·Σ_{i<j} c_i c_j·(r_ij·log(r_ij/(r_i r_j)) − r_ij + r_i r_j)", here)
 
     def rounding_of_paths(self, e: Evidence, chain: Chain) -> float:
         terms = e.draws[1 if chain.name == "q" else 2]
@@ -303,11 +309,14 @@ class PairOfBits:
         if S * N * D * e.beta.min() * min(pi.min(), 1 - pi.max()) < 100:
             return []
         every = jnp.asarray(states(D).reshape(-1, *e.pair.x.shape[1:]), e.pair.x.dtype)
-        of_data = lambda u: enumerated_elbo(e.pair, every, along.params(u))  # noqa: E731
-        slope = jax.linearize(lambda u: of_data(u).sum(), along.u)[1]
+
+        def elbo(u: Params) -> Float[Array, " N"]:
+            return enumerated_elbo(e.pair, every, along.params(u))
+
+        slope = jax.linearize(lambda u: elbo(u).sum(), along.u)[1]
         exact = np.asarray(jax.vmap(slope)(along.moves))
         paths = {t: jnp.asarray(x[:S]) for t, x in e.draws[0].items()}
-        drawn = np.asarray(gradient_draws(e.pair, paths, along, of_data(along.u)))
+        drawn = np.asarray(gradient_draws(e.pair, paths, along, elbo(along.u)))
         mean, error = drawn.mean(0), drawn.std(0) / np.sqrt(S)
         labels = [label[1:] for label in along.labels]
         return [MeanSlope(*of) for of in zip(*zip(*labels, strict=True), mean, error, exact, strict=True)]
@@ -318,15 +327,15 @@ def _two_state_q(e: Evidence) -> TwoStateChain:
     return e.q
 
 
-def _read(e: Evidence) -> tuple[Float[np.ndarray, "T N D"], Float[np.ndarray, "T N D"]]:
+def _read(q: TwoStateChain) -> tuple[Float[np.ndarray, "T N D"], Float[np.ndarray, "T N D"]]:
     """β_t and π of each bit of each datum: P(1 given 0) + P(0 given 1), and the share of the former."""
-    steps = _two_state_q(e).steps
+    steps = q.steps
     beta = steps[..., 0, 1] + steps[..., 1, 0]
     return beta, steps[..., 0, 1] / np.maximum(beta, 1e-300)
 
 
 def _pi(e: Evidence) -> Float[np.ndarray, " D"]:
-    beta, pi = _read(e)
+    beta, pi = _read(_two_state_q(e))
     return np.sum(beta * pi, (0, 1)) / np.maximum(np.sum(beta, (0, 1)), 1e-300)
 
 

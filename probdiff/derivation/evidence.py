@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from probdiff.derivation.gradient import Slope, slopes
 from probdiff.derivation.ledger import Comparison, bernstein, compare, monte_carlo
 from probdiff.derivation.pair import Chain, Pair, Path
 from probdiff.derivation.score import MeanSlope
-from probdiff.derivation.statements import Statement
+from probdiff.derivation.sites import log_prob
 from probdiff.reference.linear_gaussian import LinearChain, elbo, gap, normal_log_prob
 from probdiff.reference.quadrature import Closed, Grid
 from probdiff.types import Key, Params
@@ -41,48 +41,69 @@ type Finding = tuple[list[Comparison], str, float | None]  # comparisons, detail
 type Moments = tuple[Float[Array, "N D"], Float[Array, "N D D"]]
 
 
-class Family(Protocol):
-    """What the rows have to be told of the distributions of a pair: `gaussian.GaussianPair` and `bits.PairOfBits`.
+class ForwardForm(NamedTuple):
+    """q(x_1…x_T given x_0) in closed form, and β_t with the name of where it was read."""
 
-    The names `prior`, `no_closed_form` and `not_of_n3` stand in what the rows say. Nats.
+    chain: Closed
+    beta: Float[np.ndarray, " T"]
+    route: str
+
+
+class Terminal(NamedTuple):
+    """p(x_T) as the notes have it: its `name` and the log density of x_T (…, N, D), nats.
+
+    KL(q(x_T given x_0) ‖ p(x_T)) of each datum is from q's kernels, and from ᾱ_T alone.
     """
 
-    statements: tuple[Statement, ...]
-    prior: str  # what p(x_T) must be
-    no_closed_form: str  # why N1 cannot be checked
-    not_of_n3: str  # why N3 fails; both where there is no `q`
-    noise_share: float  # of the x_k that ancestral draws start from
+    name: str
+    log_prob: Callable[[np.ndarray], np.ndarray]
+    kl: Callable[[], Float[np.ndarray, " N"]]
+    kl_from_alpha_bar: Callable[[float], Float[np.ndarray, " N"]]
 
-    # of x_t
-    def other(self, x: Array) -> Array: ...  # other values that x_t can have
-    def another(self, x_0: Array) -> Array: ...  # other data than x_0
-    def anything(self, x: Array) -> dist.Distribution: ...  # some distribution over all of them
+
+class Reversal(NamedTuple):
+    """How far q(x_{t−1} given x_t) is from its nearest distribution of the form of q(x_t given x_{t−1}), nats.
+
+    `kl` at three β, each twice the one before, beside its `limit` as β → 0, of `order` in β, by the `formula`. `here`:
+    the same at the chain's own β_t from t = `first` on, for the `part` of x_t that the name says; None if unknown.
+    """
+
+    kl: np.ndarray
+    limit: np.ndarray
+    order: float
+    formula: str
+    here: tuple[np.ndarray, int, str] | None
+
+
+class Reader(Protocol):
+    """What the rows have to be told of the distributions of a pair: `gaussian.GaussianPair` and `bits.PairOfBits`.
+
+    The rows that a pair has no reader for do not apply to it.
+    """
+
+    of_bits: bool  # which wording of the statements
+    mostly_noise: float  # share of noise in the x_k that ancestral draws start from
+    not_of_n3: str  # why N3 fails where there is no forward form
+
     def moments(self, kernel: dist.Distribution, x: Array) -> Moments: ...
+    def other(self, x: np.ndarray) -> np.ndarray: ...  # other values that x_t can have
 
     # in closed form, where there is one
-    def q(self, e: "Evidence") -> Closed | None: ...
-    def p(self, e: "Evidence") -> LinearChain | None: ...
+    def forward(self, e: "Evidence") -> ForwardForm | None: ...
+    def reverse(self, e: "Evidence") -> LinearChain | None: ...
     def nodes(self, e: "Evidence") -> np.ndarray | None: ...  # of the grid that p is summed on
-    def beta(self, e: "Evidence") -> tuple[np.ndarray, str]: ...  # that of q, and where it was read
-
-    # by N3, β and ᾱ alone
-    def log_prior(self, e: "Evidence", x_T: np.ndarray) -> np.ndarray: ...
-    def kl_to_prior(self, e: "Evidence") -> np.ndarray: ...  # of each datum
-    def kl_from_alpha_bar(self, e: "Evidence", alpha_bar: float) -> np.ndarray: ...
+    def terminal(self, e: "Evidence") -> Terminal: ...
+    def reversal(self, e: "Evidence") -> Reversal: ...
     def log_q_from_alpha_bar(self, e: "Evidence") -> tuple[float, str]: ...  # of the first paths, and the route
+    def rounding_of_paths(self, e: "Evidence", chain: Chain) -> float: ...
 
     # comparisons
     def couplings(self, e: "Evidence", chain: Chain) -> tuple[np.ndarray, float, str]: ...  # (T+1, T+1), rounding, what
-    def steps(self, e: "Evidence") -> list[Comparison]: ...
-    def step_draws(self, e: "Evidence") -> list[Comparison]: ...
-    def kernels(self, e: "Evidence", chain: Chain) -> list[Comparison]: ...
-    def prior_draws(self, e: "Evidence") -> list[Comparison]: ...
-    def reverse_draws(self, e: "Evidence") -> list[Comparison]: ...
-    def reversal(self) -> tuple[np.ndarray, np.ndarray, float, str]: ...  # KL, its limit, the order in β, its formula
-    def reversal_here(self, e: "Evidence") -> tuple[np.ndarray, int, str] | None: ...  # by t, the first t, of what
-    def rounding_of_paths(self, e: "Evidence", chain: Chain) -> float: ...
+    def forward_kernels(self, e: "Evidence") -> list[Comparison]: ...
+    def terminal_draws(self, e: "Evidence") -> list[Comparison]: ...
+    def reverse_kernels(self, e: "Evidence") -> list[Comparison]: ...
 
-    # the gradient of K
+    # the gradient of K along directions of the params
     def elbo(self, e: "Evidence") -> Callable[[Params, Key], Array]: ...
     def mean_slopes(self, e: "Evidence") -> list[MeanSlope]: ...
 
@@ -93,7 +114,8 @@ class Evidence:
     def __init__(
         self,
         pair: Pair,
-        family: Family,
+        reader: Reader | None,
+        drawn: str,
         rng_key: Key,
         num_draws: int,
         failure_rate: float,
@@ -101,12 +123,24 @@ class Evidence:
         claims: Mapping[str, Callable[..., Any] | None],
         forms: Mapping[str, tuple[Any, Any, Any]],
     ) -> None:
-        self.pair, self.family, self.num_draws = pair, family, num_draws
+        self.pair, self.num_draws = pair, num_draws
+        self._reader, self.drawn = reader, drawn
         self.rate = failure_rate / (50 + len(forms))  # of each Monte Carlo comparison; a ledger has fewer
         self.given_beta, self.claims, self.forms = beta, claims, forms
         self.eps = float(jnp.finfo(jnp.result_type(float)).eps)
         self._rng_key, self._keys_used = rng_key, 0
         self.holds: dict[str, bool] = {}
+
+    @property
+    def reader(self) -> Reader:
+        """What knows the distributions of the pair."""
+        if self._reader is None:
+            raise NotApplicable(f"because the ledger has no reader of {self.drawn}")
+        return self._reader
+
+    @property
+    def has_reader(self) -> bool:
+        return self._reader is not None
 
     def key(self) -> Key:
         self._keys_used += 1
@@ -119,38 +153,49 @@ class Evidence:
     @cached_property
     def generated(self) -> Path:
         """(S, N, *event) from p."""
-        return self.pair.generated(self.key(), self.num_draws)
+        return self.generated_and_moments[0]
+
+    @cached_property
+    def generated_and_moments(self) -> tuple[Path, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        """Paths from p, and mean and covariance of the kernel that each x_t was drawn from."""
+        return self.pair.generated(self.key(), self.num_draws, self.reader.moments if self.has_reader else log_prob)
 
     @cached_property
     def slopes(self) -> list[Slope]:
         with jax.enable_x64(True):
-            return slopes(self.pair, self.key(), self.family.elbo(self))
+            return slopes(self.pair, self.key(), self.reader.elbo(self))
 
     @cached_property
     def mean_slopes(self) -> list[MeanSlope]:
         with jax.enable_x64(True):
-            return self.family.mean_slopes(self)
+            return self.reader.mean_slopes(self)
 
     @cached_property
     def probes(self) -> Path:
         """Two paths of q, two of other values, and then paths of p, (R, N, *event); x_0 is the data."""
         T, D = self.pair.num_timesteps, self.pair.size
         rows = max(1, min(len(self.generated[0]), 2**22 // (len(self.x_0) * T * D * D)))
-        near = {t: jnp.asarray(x[:2]) for t, x in self.draws[0].items()}
-        others = {t: x if t == 0 else self.family.other(x) for t, x in near.items()}
-        return {t: jnp.concatenate([x, others[t], self.generated[t][:rows]]) for t, x in near.items()}
+        near = {t: np.asarray(x[:2]) for t, x in self.draws[0].items()}
+        others = {t: x if t == 0 else self.reader.other(x) for t, x in near.items()}
+        return {t: np.concatenate([x, others[t], self.generated[t][:rows]]) for t, x in near.items()}
 
     @cached_property
     def moments(self) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
         """Mean (R, N, D) and covariance (R, N, D, D) of q's and p's kernels on the probes, float64."""
         near = {t: x[:4] for t, x in self.probes.items()}
-        return {
+        stated = {
             chain.name: {
                 t: (np.asarray(mean, np.float64), np.asarray(cov, np.float64))
-                for t, (mean, cov) in chain.each(paths, self.family.moments).items()
+                for t, (mean, cov) in chain.each(near, self.reader.moments).items()
             }
-            for chain, paths in ((self.pair.q, near), (self.pair.p, self.probes))
+            for chain in (self.pair.q, self.pair.p)
         }
+        rows, (_, drawn) = len(self.probes[0]) - 4, self.generated_and_moments
+        stated["p"] = {
+            t: (np.concatenate([mean, drawn[t][0][:rows]]), np.concatenate([cov, drawn[t][1][:rows]]))
+            for t, (mean, cov) in stated["p"].items()
+        }
+        return stated
 
     @cached_property
     def totals(self) -> dict[str, float]:
@@ -175,9 +220,9 @@ class Evidence:
         of_param = np.asarray(self.pair.params.get("beta", ()), np.float64)
         if of_param.shape == (self.pair.num_timesteps,):
             return of_param, "param beta"
-        if self.q is None:
-            raise NotApplicable(f"β_t is neither a param nor given, and {self.family.no_closed_form}")
-        return self.family.beta(self)
+        if self.forward is None:
+            raise NotApplicable("β_t is neither a param nor given, and q has no closed form")
+        return self.forward.beta, self.forward.route
 
     @property
     def beta(self) -> np.ndarray:
@@ -192,19 +237,28 @@ class Evidence:
         return self.flat(self.pair.x)
 
     @cached_property
-    def q(self) -> Closed | None:
+    def forward(self) -> ForwardForm | None:
         """x_0 → x_T given x_0, where it is of the form of N3."""
-        return self.family.q(self)
+        return self.reader.forward(self) if self.has_reader else None
+
+    @property
+    def q(self) -> Closed | None:
+        return None if self.forward is None else self.forward.chain
 
     @cached_property
     def p(self) -> LinearChain | None:
         """x_T → x_0, where it is linear and Gaussian."""
-        return self.family.p(self)
+        return self.reader.reverse(self) if self.has_reader else None
+
+    @cached_property
+    def terminal(self) -> Terminal:
+        """p(x_T) as the notes have it."""
+        return self.reader.terminal(self)
 
     @cached_property
     def grid(self) -> Grid | None:
         """p by quadrature in one dimension, or by enumeration of the states of a few bits."""
-        nodes = self.family.nodes(self)
+        nodes = self.reader.nodes(self) if self.has_reader else None
         return None if nodes is None else grid(self.pair, nodes)
 
     @cached_property
@@ -257,7 +311,7 @@ class Evidence:
         if self.q is not None and self.q.full:
             noise = self.q.noise
             half_way = next(
-                (t for t, share in enumerate(noise) if share >= self.family.noise_share), self.pair.num_timesteps
+                (t for t, share in enumerate(noise) if share >= self.reader.mostly_noise), self.pair.num_timesteps
             )
         estimate = self._ancestral(half_way)
         if half_way == 1 or estimate.trusted.all():
@@ -308,12 +362,12 @@ class Evidence:
         return compare(name, "mean square of residuals", mean_square, "one", 1.0, tolerance, source)
 
 
-def stray_dependencies(chain: Chain, of_x_0: dist.Distribution, dtype: Any) -> list[str]:
+def stray_dependencies(chain: Chain, x_0: Array) -> list[str]:
     """What NumPyro's dependency inspection finds that a Markov chain does not have, such as "x_3 reads x_1"."""
 
     def joint() -> None:
-        x_0 = numpyro.sample("given", of_x_0)
-        handlers.substitute(chain.program, data=chain.params)(x_0.astype(dtype))
+        given = numpyro.sample("given", dist.Delta(x_0, event_dim=jnp.ndim(x_0)))
+        handlers.substitute(chain.program, data=chain.params)(given.astype(x_0.dtype))
 
     relations = get_model_relations(joint)["sample_sample"]
     stray = []

@@ -3,17 +3,15 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from scipy import stats
 
-from probdiff.derivation.evidence import Evidence, Moments, Wrong
+from probdiff.derivation.evidence import Evidence, ForwardForm, Moments, Reversal, Terminal, Wrong
 from probdiff.derivation.ledger import Comparison, machine, monte_carlo
 from probdiff.derivation.pair import Chain, moments
 from probdiff.derivation.score import MeanSlope
-from probdiff.derivation.statements import STATEMENTS
 from probdiff.reference import feller
 from probdiff.reference.linear_gaussian import LinearChain, forward_covariance, normal_kl
 from probdiff.reference.quadrature import line
@@ -23,28 +21,26 @@ type Kernels = tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, np.
 
 
 class GaussianPair:
-    """q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t·I) and p(x_T) = N(0, I); see `evidence.Family`."""
+    """q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t·I) and p(x_T) = N(0, I); see `evidence.Reader`."""
 
-    statements = STATEMENTS
-    prior = "N(0, I)"
-    no_closed_form = "q is not linear-Gaussian"
-    noise_share = 0.5
+    of_bits = False
+    mostly_noise = 0.5
     not_of_n3 = "the mean is not linear in x_{t−1}, or the covariance depends on it"
 
-    def other(self, x: Array) -> Array:
-        """Three times as far out."""
-        return 3 * x
-
-    def another(self, x_0: Array) -> Array:
-        return x_0[::-1] + 1.0
-
-    def anything(self, x: Array) -> dist.Distribution:
-        return dist.Normal(x, 1.0).to_event(jnp.ndim(x))
+    def other(self, x: np.ndarray) -> np.ndarray:
+        """Three times as far out, and moved."""
+        return 3 * x + 1
 
     def moments(self, kernel: dist.Distribution, x: Array) -> Moments:
         return moments(kernel, x)
 
-    def q(self, e: Evidence) -> LinearChain | None:
+    def forward(self, e: Evidence) -> ForwardForm | None:
+        q = self._forward(e)
+        if q is None:
+            return None
+        return ForwardForm(q, np.trace(q.S, axis1=1, axis2=2) / e.pair.size, "the kernels' variance")
+
+    def _forward(self, e: Evidence) -> LinearChain | None:
         """x_0 → x_T given x_0, where it is linear and Gaussian."""
         kernels = self._linear(e, e.pair.q)
         if kernels is None:
@@ -71,7 +67,7 @@ class GaussianPair:
             np.concatenate([covs[-1][None], up.S]),
         )
 
-    def p(self, e: Evidence) -> LinearChain | None:
+    def reverse(self, e: Evidence) -> LinearChain | None:
         """x_T → x_0, where it is linear and Gaussian."""
         kernels = self._linear(e, e.pair.p)
         if kernels is None:
@@ -111,19 +107,17 @@ class GaussianPair:
         variances = [np.min(cov) for kernels in e.moments.values() for _, cov in kernels.values()]
         return line(reach, float(np.sqrt(min(variances))))
 
-    def beta(self, e: Evidence) -> tuple[np.ndarray, str]:
-        return np.trace(_linear_q(e).S, axis1=1, axis2=2) / e.pair.size, "the kernels' variance"
+    def terminal(self, e: Evidence) -> Terminal:
+        D = e.pair.size
 
-    def log_prior(self, e: Evidence, x_T: np.ndarray) -> np.ndarray:
-        return stats.norm.logpdf(x_T).sum(-1)
+        def kl() -> np.ndarray:
+            means, covs = _linear_q(e).marginals()
+            return normal_kl(means[-1], covs[-1], np.zeros_like(means[-1]), np.eye(D))
 
-    def kl_to_prior(self, e: Evidence) -> np.ndarray:
-        means, covs = _linear_q(e).marginals()
-        return normal_kl(means[-1], covs[-1], np.zeros_like(means[-1]), np.eye(e.pair.size))
+        def kl_from_alpha_bar(alpha_bar: float) -> np.ndarray:
+            return (D * (-alpha_bar - np.log1p(-alpha_bar)) + alpha_bar * np.sum(e.x_0**2, 1)) / 2
 
-    def kl_from_alpha_bar(self, e: Evidence, alpha_bar: float) -> np.ndarray:
-        per_datum = e.pair.size * (-alpha_bar - np.log1p(-alpha_bar)) + alpha_bar * np.sum(e.x_0**2, 1)
-        return per_datum / 2
+        return Terminal("N(0, I)", lambda x_T: stats.norm.logpdf(x_T).sum(-1), kl, kl_from_alpha_bar)
 
     def log_q_from_alpha_bar(self, e: Evidence) -> tuple[float, str]:
         """By the dense normal of x_1…x_T given x_0."""
@@ -142,7 +136,13 @@ class GaussianPair:
         size = np.stack([columns[t] for t in sorted(columns)])  # (of x_t, along x_s)
         return size, 100 * e.eps * size.max(), "mixed second derivatives"
 
-    def steps(self, e: Evidence) -> list[Comparison]:
+    def forward_kernels(self, e: Evidence) -> list[Comparison]:
+        return self._steps(e) + self._kernels(e, e.pair.q) + self._step_draws(e)
+
+    def reverse_kernels(self, e: Evidence) -> list[Comparison]:
+        return self._kernels(e, e.pair.p) + self._reverse_draws(e)
+
+    def _steps(self, e: Evidence) -> list[Comparison]:
         """Mean and covariance of each forward kernel, read off q."""
         q, (beta, route), eye = _linear_q(e), e.beta_and_route, np.eye(e.pair.size)
         shrink, tolerance = np.sqrt(1 - beta)[:, None, None], 200 * e.eps
@@ -153,7 +153,7 @@ class GaussianPair:
             machine("covariance, over β_t", "from q", q.S / beta[:, None, None], f"I ({route})", eye, tolerance),
         ]
 
-    def step_draws(self, e: Evidence) -> list[Comparison]:
+    def _step_draws(self, e: Evidence) -> list[Comparison]:
         """Slope and residuals of the draws of each forward kernel."""
         T, D, beta = e.pair.num_timesteps, e.pair.size, e.beta
         times, shrink = range(1, T + 1), np.sqrt(1 - beta)
@@ -173,7 +173,7 @@ class GaussianPair:
             found += [e.chi_square("variance along a random diagonal, over β_t", along, len(path[0]))]
         return found
 
-    def kernels(self, e: Evidence, chain: Chain) -> list[Comparison]:
+    def _kernels(self, e: Evidence, chain: Chain) -> list[Comparison]:
         """Each kernel's log density is that of the normal with the moments that it states, and has its derivatives."""
         path, log_probs = e.point(0), e.draws[1 if chain.name == "q" else 2]
         from_density = chain.density_moments(path)
@@ -200,20 +200,20 @@ class GaussianPair:
             machine("covariance against −(∇² log density)⁻¹", "relative difference", ratio, "zero", 0.0, error),
         ]
 
-    def prior_draws(self, e: Evidence) -> list[Comparison]:
+    def terminal_draws(self, e: Evidence) -> list[Comparison]:
         """log p(x_T) at the draws of q, and draws of x_T."""
         T, D = e.pair.num_timesteps, e.pair.size
-        log_prior, x_T = np.float64(e.draws[2][T]), e.flat(e.draws[0][T])
+        log_p, x_T = np.float64(e.draws[2][T]), e.flat(e.draws[0][T])
         scale = 200 * e.eps * (D + np.sum(x_T**2, -1))
         drawn = e.flat(e.generated[T]).reshape(-1, D)
         n = len(drawn)
         return [
-            machine("log p(x_T)", "the site", log_prior, "N(0, I), SciPy", self.log_prior(e, x_T), scale),
+            machine("log p(x_T)", "the site", log_p, "N(0, I), SciPy", e.terminal.log_prob(x_T), scale),
             e.chi_square("variance of x_T", np.mean(drawn**2, 0), n),
             monte_carlo("mean of x_T", "draws", drawn.mean(0), "zero", 0.0, 1 / np.sqrt(n), e.rate),
         ]
 
-    def reverse_draws(self, e: Evidence) -> list[Comparison]:
+    def _reverse_draws(self, e: Evidence) -> list[Comparison]:
         """Draws of each reverse kernel, standardised by what the kernels state of themselves."""
         D = e.pair.size
         signs = np.asarray(jax.random.rademacher(e.key(), (D,)), np.float64)
@@ -232,18 +232,16 @@ class GaussianPair:
             monte_carlo("mean of the draws, less f_μ", "draws", means, "zero", 0.0, 1 / np.sqrt(n), e.rate),
         ]
 
-    def reversal(self) -> tuple[np.ndarray, np.ndarray, float, str]:
-        """A mixture's reversed kernel against its nearest Gaussian, at three β, each twice the one before."""
+    def reversal(self, e: Evidence) -> Reversal:
+        """A mixture's reversed kernel against its nearest Gaussian; at the chain's own β_t for t = 2…T."""
         q = feller.Mixture(np.array([0.3, 0.7]), np.array([-1.0, 0.6]), np.array([0.35, 0.5]))
-        return *feller.rate(q, 0.2, [1e-4, 2e-4, 4e-4]), 3.0, "β³·((log q)‴)²/12"
-
-    def reversal_here(self, e: Evidence) -> tuple[np.ndarray, int, str] | None:
-        """For t = 2…T: q(x_0 given x_1) is as discrete as the data."""
-        if e.pair.num_timesteps == 1:
-            return None
-        log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log(np.maximum(1 - e.beta, 1e-200)))])
-        sizes = feller.chain_non_gaussianity(e.x_0[:32, 0], log_alpha_bar, e.beta)
-        return sizes, 2, "nearest Gaussian) of the first coordinate"
+        kl, limit = feller.rate(q, 0.2, [1e-4, 2e-4, 4e-4])
+        here = None
+        if e.pair.num_timesteps > 1:
+            log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log(np.maximum(1 - e.beta, 1e-200)))])
+            sizes = feller.chain_non_gaussianity(e.x_0[:32, 0], log_alpha_bar, e.beta)
+            here = (sizes, 2, "nearest Gaussian) of the first coordinate")
+        return Reversal(kl, limit, 3.0, "β³·((log q)‴)²/12", here)
 
     def _rounding_of_kernel(
         self, e: Evidence, x: np.ndarray, mean: np.ndarray, cov: np.ndarray

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -58,30 +60,32 @@ def directions(pair: Pair, key_jitter: Key, key_directions: Key) -> Directions:
     free = [name for name in pair.reverse_params if name not in transforms]
     params = jax.tree.map(double, jittered(pair.params, free, key_jitter))
     params = {name: transforms[name].inv(p) if name in transforms else p for name, p in params.items()}
-    leaves, rest = eqx.partition(params, eqx.is_inexact_array)
+    u, rest = eqx.partition(params, eqx.is_inexact_array)
 
+    @jax.jit
     def constrained(leaves: Params) -> Params:
         moved = eqx.combine(leaves, rest)
         return {name: transforms[name](p) if name in transforms else p for name, p in moved.items()}
 
-    flat, structure = jax.tree_util.tree_flatten_with_path(leaves)
+    flat, structure = jax.tree_util.tree_flatten_with_path(u)
+    keys = [jax.random.fold_in(key_directions, i) for i in range(len(flat))]
+    noise = _normals(keys, tuple(leaf.shape for _, leaf in flat), jnp.result_type(float))
     entries = []  # which leaf, its param, a name, the direction
     for i, (path, leaf) in enumerate(flat):
         param, name = path[0].key, jax.tree_util.keystr(path, simple=True, separator=".")
         length = np.clip(np.abs(np.asarray(leaf)), 0.1, 1.0)
         if len(path) > 1 or leaf.size > _ENTRIES:
-            noise = np.asarray(jax.random.normal(jax.random.fold_in(key_directions, i), leaf.shape))
-            entries.append((i, param, name, length * noise / np.sqrt(leaf.size)))
+            entries.append((i, param, name, length * np.asarray(noise[i]) / np.sqrt(leaf.size)))
         else:
             units = np.eye(leaf.size).reshape(leaf.size, *leaf.shape)
             labels = [f"{name}[{j}]" for j in range(leaf.size)] if leaf.ndim else [name]
             entries += [(i, param, label, length * unit) for label, unit in zip(labels, units, strict=True)]
     moves = [
-        jnp.stack([jnp.asarray(m if k == i else np.zeros(leaf.shape)) for k, _, _, m in entries])
+        np.stack([direction if k == i else np.zeros(leaf.shape) for k, _, _, direction in entries])
         for i, (_, leaf) in enumerate(flat)
     ]
     labelled = [(i, param, name) for i, param, name, _ in entries]
-    return Directions(leaves, jax.tree.unflatten(structure, moves), labelled, constrained)
+    return Directions(u, jax.tree.unflatten(structure, moves), labelled, constrained)
 
 
 def slopes(pair: Pair, rng_key: Key, elbo: Callable[[Params, Key], Array]) -> list[Slope]:
@@ -89,42 +93,49 @@ def slopes(pair: Pair, rng_key: Key, elbo: Callable[[Params, Key], Array]) -> li
 
     K is that of all data, for one path each. Wants double precision.
     """
-    key_noise, key_jitter, key_directions = jax.random.split(rng_key, 3)
+    keys = jax.random.split(rng_key, 3)
+    key_noise, key_jitter, key_directions = (keys[i] for i in range(3))
     along = directions(pair, key_jitter, key_directions)
 
-    def of(leaves: Params) -> Array:
+    def k_of(leaves: Params) -> Array:
         return elbo(along.params(leaves), key_noise)
 
-    gradient = jax.tree.leaves(jax.grad(of)(along.u))
+    @jax.jit
+    def moved(step: Array, move: Params) -> Params:
+        return along.params(jax.tree.map(lambda leaf, m: leaf + step * m, along.u, move))
+
+    gradient = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.grad(k_of)(along.u))]
     moves = [np.asarray(move) for move in jax.tree.leaves(along.moves)]
-
-    def moved(step: Array, move: Params) -> Array:
-        return of(jax.tree.map(lambda leaf, m: leaf + step * m, along.u, move))
-
-    steps = _STEP * jnp.array([-2.0, -1.0, 1.0, 2.0])
-    k = np.asarray(jax.vmap(jax.vmap(moved, (None, 0)), (0, None))(steps, along.moves))
+    steps = _STEP * np.array([-2.0, -1.0, 1.0, 2.0])
+    at_all = jax.vmap(jax.vmap(lambda step, move: elbo(moved(step, move), key_noise), (None, 0)), (0, None))
+    k = np.asarray(at_all(steps, along.moves))
     near, wide = (k[2] - k[1]) / (2 * _STEP), (k[3] - k[0]) / (4 * _STEP)
     # of a sum of many terms of either sign
     rounding = 50 * float(np.finfo(np.float64).eps) * (np.abs(k).max() + len(pair.x) * pair.num_timesteps) / _STEP
     return [
-        Slope(
-            param, name, float(np.sum(np.asarray(gradient[i]) * moves[i][j])), n, w, float(rounding),
-            not np.any(gradient[i]),
-        )
+        Slope(param, name, float(np.sum(gradient[i] * moves[i][j])), n, w, float(rounding), not np.any(gradient[i]))
         for j, ((i, param, name), n, w) in enumerate(zip(along.labels, near.tolist(), wide.tolist(), strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def jittered(params: Params, names: list[str], rng_key: Key) -> Params:
     """The params, those of these names moved at random by a tenth of their size, and by 0.01 at least."""
+    moving = {name: params[name] for name in names if name in params}
+    numbers, rest = eqx.partition(moving, eqx.is_inexact_array)
+    leaves, structure = jax.tree.flatten(numbers)
+    noise = _normals([rng_key] * len(leaves), tuple(leaf.shape for leaf in leaves), jnp.result_type(float))
+    moved = []
+    for leaf, z in zip(leaves, noise, strict=True):
+        values = np.asarray(leaf)
+        scale = 0.1 * max(float(np.sqrt(np.mean(values**2))), 0.1)
+        moved.append(jax.device_put((values + scale * np.asarray(z)).astype(values.dtype)))
+    return {**params, **eqx.combine(jax.tree.unflatten(structure, moved), rest)}
 
-    def move(path: tuple, leaf: Array) -> Array:
-        if path[0].key not in names or not eqx.is_inexact_array(leaf):
-            return leaf
-        scale = 0.1 * jnp.maximum(jnp.sqrt(jnp.mean(leaf**2)), 0.1)
-        return leaf + scale * jax.random.normal(rng_key, leaf.shape, leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(move, params)
+@partial(jax.jit, static_argnums=(1, 2))
+def _normals(keys: list[Key], shapes: tuple[tuple[int, ...], ...], dtype: Any) -> list[Array]:
+    """Standard normal arrays, one for each key."""
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def double(leaf: Array) -> Array:

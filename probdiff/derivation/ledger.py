@@ -10,7 +10,16 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from probdiff.derivation.statements import Statement
+
+@dataclass(frozen=True)
+class Statement:
+    """One of N1…N17: its tag, the words, the same in LaTeX, and what had to be corrected in the notes, if anything."""
+
+    tag: str
+    text: str
+    latex: str
+    erratum: str | None = None
+
 
 Verdict = Literal["holds", "fails", "approximate", "not applicable", "depends"]
 

@@ -16,6 +16,7 @@ from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import log_density
 
+from probdiff.derivation.sites import compiled, compiled_sites, log_prob
 from probdiff.types import Event, Key, Params
 
 type Program = Callable[..., Any]
@@ -42,6 +43,14 @@ class Chain:
         seeded = handlers.substitute(handlers.seed(self.program, rng_key), data={**self.params, **values})
         return handlers.trace(seeded).get_trace(x_0)
 
+    def described(self, x_0: Event) -> Sites:
+        """The sites of one run, whose numbers are not computed; those of params are, where they are not known."""
+        sites: Sites = {}
+        jax.eval_shape(lambda x: sites.update(self.trace(x, {}, jax.random.key(0))), x_0)
+        if any(site["type"] == "param" and name not in self.params for name, site in sites.items()):
+            sites = self.trace(x_0, {}, jax.random.key(0))
+        return sites
+
     def kernels(self, path: Path, params: Params | None = None) -> dict[int, dist.Distribution]:
         """The distribution at each site x_t on a path x_0…x_T, without masks; at other params where given."""
         values = {**(params or {}), **{f"x_{t}": x for t, x in path.items() if t > 0}}
@@ -52,18 +61,18 @@ class Chain:
         """The log density of the path as NumPyro counts it, with masks, scales, factors and all, in nats."""
         values = {f"x_{t}": path[t] for t in self.times if t > 0}
         program = handlers.seed(self.program, jax.random.key(0))  # a subsampled plate wants one
-        return log_density(program, (path[0],), {}, {**self.params, **values})[0]
+        return log_density(compiled_sites(program), (path[0],), {}, {**self.params, **values})[0]
 
     def log_probs(self, paths: Path) -> dict[int, Float[Array, "S N"]]:
         """Log densities of the sites on paths (S, N, *event), without masks and scales, in nats."""
 
-        return self.each(paths, lambda kernel, x_t: kernel.log_prob(x_t))
+        return self.each(paths, log_prob)
 
-    def each(self, paths: Path, of: Callable[[dist.Distribution, Event], Any]) -> dict[int, Any]:
-        """What `of` makes of the distribution at each site x_t and of x_t, on paths (S, N, *event): leading axis S."""
+    def each(self, paths: Path, measure: Callable[[dist.Distribution, Event], Any]) -> dict[int, Any]:
+        """`measure` of the distribution at each site x_t and of x_t, on paths (S, N, *event): leading axis S."""
 
         def one(path: Path) -> dict[int, Any]:
-            return {t: of(kernel, path[t]) for t, kernel in self.kernels(path).items()}
+            return {t: measure(kernel, path[t]) for t, kernel in self.kernels(path).items()}
 
         return jax.vmap(one)(paths)
 
@@ -76,9 +85,9 @@ class Chain:
         program = handlers.uncondition(handlers.seed(self.program, jax.random.key(0)))
         values = {f"x_{t}": x for t, x in path.items()}
         sites = handlers.trace(handlers.substitute(program, data={**self.params, **values})).get_trace(argument)
-        return {t: _unmasked(sites[f"x_{t}"]["fn"]).log_prob(path[t]) for t in self.times}
+        return {t: log_prob(_unmasked(sites[f"x_{t}"]["fn"]), path[t]) for t in self.times}
 
-    def linearised(self, path: Path) -> dict[int, Float[Array, "N D D"]]:
+    def linearised(self, path: Path) -> dict[int, Float[np.ndarray, "N D D"]]:
         """The Jacobian of each site's mean in the site before it (q that ascends: x_{t−1}; else x_{t+1})."""
         moving = {t: x for t, x in path.items() if t > 0 or self.ascending}
         size = math.prod(path[0].shape[1:])
@@ -90,25 +99,33 @@ class Chain:
             tangents = {t: jnp.broadcast_to(direction.reshape(x.shape[1:]), x.shape) for t, x in moving.items()}
             return jax.jvp(means, (moving,), (tangents,))[1]
 
-        return {t: jnp.moveaxis(columns, 0, -1) for t, columns in jax.vmap(column)(jnp.eye(size)).items()}
+        return {
+            t: np.moveaxis(np.asarray(columns), 0, -1)
+            for t, columns in jax.vmap(column)(jnp.asarray(np.eye(size))).items()
+        }
 
     def curvature(self, path: Path, direction: Path) -> dict[int, Event]:
         """Hessian of the path's log density times `direction` on x_s alone, for s = 0…T: leading axis s."""
-        times = jnp.arange(len(path))
+        along = {t: np.zeros((len(path), *x.shape), x.dtype) for t, x in direction.items()}
+        for t, x in direction.items():
+            along[t][t] = x
 
-        def column(s: Array) -> Path:
-            tangents = {t: jnp.where(s == t, x, 0) for t, x in direction.items()}
+        def column(tangents: Path) -> Path:
             return jax.jvp(jax.grad(self.total), (path,), (tangents,))[1]
 
-        return jax.vmap(column)(times)
+        return jax.vmap(column)(jax.device_put(along))
 
-    def draw(self, rng_keys: Key, x_0: Event) -> Path:
-        """Paths from the program, without what it observes: leading axis S, that of the keys."""
+    def draw(
+        self, rng_keys: Key, x_0: Event, measure: Callable[[dist.Distribution, Event], Any]
+    ) -> tuple[Path, dict[int, Any]]:
+        """Paths from the program, without what it observes, and `measure` as in `each`: leading axis S of the keys."""
 
-        def one(rng_key: Key) -> Path:
-            unconditioned = handlers.uncondition(handlers.seed(self.program, rng_key))
+        def one(rng_key: Key) -> tuple[Path, dict[int, Any]]:
+            unconditioned = compiled_sites(handlers.uncondition(handlers.seed(self.program, rng_key)))
             sites = handlers.trace(handlers.substitute(unconditioned, data=self.params)).get_trace(x_0)
-            return {t: sites[f"x_{t}"]["value"] for t in self.times}
+            found = {t: sites[f"x_{t}"] for t in self.times}
+            path = {t: site["value"] for t, site in found.items()}
+            return path, {t: measure(_unmasked(site["fn"].p), path[t]) for t, site in found.items()}
 
         return jax.vmap(one)(rng_keys)
 
@@ -188,7 +205,7 @@ class Pair:
         found = []
         for x in (self.x[:1], self.x):
             try:
-                found.append(chain.trace(x, {}, jax.random.key(0)))
+                found.append(chain.described(x))
             except Exception as error:  # whatever a user's program may raise
                 chain.problems.append(f"{chain.name} cannot be run on x of shape {x.shape}: {_one_line(error)}")
                 found.append({})
@@ -203,19 +220,21 @@ class Pair:
         """x_0…x_T from q for each datum, (S, N, *event), and the log densities of q's and p's sites, (S, N), nats."""
         blocks = []
         for keys in self._blocks(rng_key, num_draws):
-            path = self.q.draw(keys, self.x)
-            path[0] = jnp.broadcast_to(self.x, (len(keys), *self.x.shape))
-            blocks.append((path, self.q.log_probs(path), self.p.log_probs(path)))
+            path, log_q = self.q.draw(keys, self.x, log_prob)
+            path[0] = np.broadcast_to(self.x, (len(keys), *self.x.shape))
+            blocks.append((path, log_q, self.p.log_probs(path)))
         return tuple({t: np.concatenate([b[i][t] for b in blocks]) for t in blocks[0][i]} for i in range(3))  # type: ignore[return-value]
 
     def log_p(self, path: Path) -> dict[int, np.ndarray]:
         """The log densities of p's sites on paths, (S, N), nats."""
         return log_probs_in_blocks(self.p, path)
 
-    def generated(self, rng_key: Key, num_draws: int) -> Path:
-        """x_0…x_T from p: (S, N, *event)."""
-        blocks = [self.p.draw(keys, self.x) for keys in self._blocks(rng_key, num_draws)]
-        return {t: np.concatenate([block[t] for block in blocks]) for t in blocks[0]}
+    def generated(
+        self, rng_key: Key, num_draws: int, measure: Callable[[dist.Distribution, Event], Any]
+    ) -> tuple[Path, dict[int, Any]]:
+        """x_0…x_T from p, (S, N, *event), and `measure` of each of its kernels and draws."""
+        blocks = [self.p.draw(keys, self.x, measure) for keys in self._blocks(rng_key, num_draws)]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks)
 
     def log_p_given_x_1(self, x_1: Array | np.ndarray) -> Float[np.ndarray, "S N"]:
         """log p(x_0 given x_1) of every datum for every x_1 (S, *event), nats."""
@@ -236,7 +255,8 @@ class Pair:
     def elbo(self, params: Params, rng_key: Key) -> Float[Array, ""]:
         """K of all data for one path each, N17, nats; in double precision where that is on."""
         x = jnp.asarray(self.x, jnp.result_type(float))
-        return -Trace_ELBO().loss(rng_key, params, self.p.program, self.q.program, x)
+        programs = compiled_sites(self.p.program), compiled_sites(self.q.program)
+        return -Trace_ELBO().loss(rng_key, params, *programs, x)
 
 
 def log_probs_in_blocks(chain: Chain, path: Path) -> dict[int, np.ndarray]:
@@ -258,8 +278,15 @@ def supports(program: Program, params: Params | None, x: np.ndarray) -> set[str]
         return set()
     for one in (np.zeros_like(x[:1]), x[:1]):
         with suppress(Exception):  # whatever a user's program may raise, which the rows report
-            sites = Chain("", program).trace(jnp.asarray(one), params or {}, jax.random.key(0))
-            return {_support(sites[f"x_{t}"]["fn"]) for t in times_of(sites)}
+            chain = Chain("", program)
+            found: set[str] = set()
+
+            def run(x_0: Event, chain: Chain = chain, found: set[str] = found) -> None:
+                sites = chain.trace(x_0, params or {}, jax.random.key(0))
+                found |= {_support(sites[f"x_{t}"]["fn"]) for t in times_of(sites)}
+
+            jax.eval_shape(run, one)
+            return found
     return set()
 
 
@@ -279,6 +306,7 @@ def kernel_base(kernel: dist.Distribution) -> dist.Distribution:
     return kernel
 
 
+@compiled
 def moments(kernel: dist.Distribution, y: Event) -> tuple[Float[Array, "N D"], Float[Array, "N D D"]]:
     """Mean and covariance that a distribution states of itself; where it states none, those of `density_moments`."""
     base = kernel_base(kernel)
@@ -293,6 +321,7 @@ def moments(kernel: dist.Distribution, y: Event) -> tuple[Float[Array, "N D"], F
     return density_moments(kernel, y)
 
 
+@compiled
 def density_moments(kernel: dist.Distribution, y: Event) -> tuple[Float[Array, "N D"], Float[Array, "N D D"]]:
     """Mean and covariance of a Gaussian, read off the first two derivatives of its log density at y (N, *event)."""
     flat = _flat(y, y)

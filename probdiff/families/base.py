@@ -5,8 +5,9 @@ x_0), `posterior` q(x_{t−1} given x_t, x_0), `terminal` p(x_T), and `kernel` p
 reads the `num_outputs` numbers that the network gives for each x_t. What else there is to know is asked of these.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import fields
+from functools import cache
 from typing import Any, Protocol
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array
+from numpyro import validation_enabled
 from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 
@@ -22,7 +24,7 @@ from probdiff.schedules import NoiseLevels
 from probdiff.types import Event, Time
 
 
-class Family(Protocol):
+class Family(Hashable, Protocol):
     """The eight things that the chains ask of a family, a frozen dataclass; `Gaussian` and `Binomial` are two.
 
     `support` is the constraint of one number of x_t, `num_outputs` counts what the network gives for one datum, and
@@ -42,8 +44,14 @@ class Family(Protocol):
 
 
 def state_dtype(family: Family) -> Any:
-    """The dtype of x_t: that of draws from p(x_T)."""
-    return jax.eval_shape(lambda: family.terminal().sample(jax.random.key(0))).dtype
+    """The dtype of x_t: that of draws from p(x_T), in the precision that JAX runs in."""
+    return _dtype_of_draws(family, jnp.result_type(float))
+
+
+@cache
+def _dtype_of_draws(family: Family, precision: Any) -> Any:
+    with validation_enabled(is_validate=False):  # which compiles a program for each check
+        return jax.eval_shape(lambda: family.terminal().sample(jax.random.key(0))).dtype
 
 
 def as_state(family: Family, x: Any) -> Event:

@@ -18,7 +18,7 @@ from numpyro.infer import TraceMeanField_ELBO
 from scipy.integrate import quad
 
 from probdiff import GaussianDiffusion, derivation, networks, schedules
-from probdiff.derivation import chain_rows
+from probdiff.derivation import forward, marginal, reversal
 from probdiff.derivation.estimates import from_draws
 from probdiff.derivation.gaussian import GaussianPair
 from probdiff.derivation.ledger import compare
@@ -243,7 +243,10 @@ def test_a_form_in_the_wrong_order_is_caught():
 def without_monte_carlo_once(monkeypatch):
     """What has no Monte Carlo error, and takes most of the time, is worked out for the first seed alone."""
     compile_once(monkeypatch)
-    for room, name in ((chain_rows, "_markov"), (GaussianPair, "kernels"), (chain_rows, "_gradient")):
+    for room, name in (
+        (forward, "markov"), (reversal, "markov"), (GaussianPair, "_kernels"), (forward, "gradient"),
+        (marginal, "gradient"),
+    ):  # fmt: skip
         compute, found = getattr(room, name), {}
 
         def first(*arguments, compute=compute, found=found):

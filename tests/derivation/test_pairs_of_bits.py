@@ -334,11 +334,12 @@ def test_the_posterior_order_and_a_last_step_that_keeps_nothing_hold():
 
 BAD = {
     "counts": (
-        lambda x: numpyro.sample("x_1", dist.Poisson(1.0 + x).to_event(1)), X, TypeError, "from Poisson; x_t must",
+        lambda x: numpyro.sample("x_1", dist.Poisson(1.0 + x).to_event(1)), X,
+        TypeError, "some x_t of the pair are Poisson and some bits",
     ),
     "kinds": (
         lambda x: numpyro.sample("x_1", dist.Categorical(jnp.ones((*x.shape, 2)) / 2).to_event(1)), X,
-        TypeError, "from Categorical",
+        TypeError, "some x_t of the pair are CategoricalProbs and some bits",
     ),
     "a density": (
         lambda x: numpyro.sample("x_1", dist.Normal(1.0 * x, 1.0).to_event(1)), X,

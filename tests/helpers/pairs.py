@@ -69,7 +69,7 @@ def compile_once(monkeypatch):
         def call(chain, *arguments, name=name, method=method):
             functions = [one for one in arguments if callable(one)]
             arrays = [one for one in arguments if not callable(one)]
-            key = (name, chain.name, *(function.__code__ for function in functions))
+            key = (name, chain.name, *(getattr(function, "__wrapped__", function).__code__ for function in functions))
             if key not in compiled:
                 compiled[key] = jax.jit(lambda *arrays: method(chain, *arrays, *functions))
             return compiled[key](*arrays)
