@@ -109,12 +109,13 @@ def main():
     print("large products, Tflop/s: " + ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items()))
     shapes = ((3, 128), (4, 512), (8, 1024), (8, 4096))
     batches = (512, 4096, 32_768, 65_536, 262_144)
+    products = tuple(PRECISIONS)
     if args.small:
-        shapes, batches = shapes[:1], batches[:1]
+        shapes, batches, products = shapes[:1], batches[:1], products[:1]
     rows = []
     for depth, width in shapes:
         for batch in batches:
-            for name in PRECISIONS:
+            for name in products:
                 steps = 5 if args.small else int(np.clip(1e9 / (batch * width), 5, 200))
                 rows.append(measure(depth, width, batch, name, rates, steps))
                 print(rows[-1], flush=True)

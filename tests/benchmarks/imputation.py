@@ -322,7 +322,7 @@ def main():
     args = options.parse_args()
     if args.small:
         cells = {}
-        few = {"Gaussian": None, "probdiff": partial(chain, num_steps=20, num_particles=20)}
+        few = {"Gaussian": None, "probdiff": partial(chain, num_steps=20, num_particles=25)}
         for method, make in few.items():
             run("wine", method, ["block"], make, 3, cells.__setitem__)
         print(table(cells).to_string(index=False))

@@ -48,7 +48,7 @@ class Size:
     num_chains: int = 4096
 
 
-SMALL = Size(2000, 20, 2, 20, 2, 8)
+SMALL = Size(2000, 25, 2, 25, 2, 8)
 
 
 class Rings:
