@@ -216,9 +216,9 @@ def forest(**settings):
     return fit
 
 
-def chain(train, num_steps=20_000, num_particles=500):
+def chain(train, num_timesteps=40, num_steps=20_000, num_particles=500):
     """`probdiff.fit` with no option of its own, and `posterior.sample` of rows with `Missing` entries."""
-    d = probdiff.GaussianDiffusion((train.shape[1],), schedules.LearnedBetas(40), networks.ResidualMLP())
+    d = probdiff.GaussianDiffusion((train.shape[1],), schedules.LearnedBetas(num_timesteps), networks.ResidualMLP())
     fit = probdiff.fit(d, train, rng_key=jax.random.key(0), num_steps=num_steps, progress_bar=False)
 
     def impute(test, hidden, seed):
@@ -322,7 +322,7 @@ def main():
     args = options.parse_args()
     if args.small:
         cells = {}
-        few = {"Gaussian": None, "probdiff": partial(chain, num_steps=20, num_particles=25)}
+        few = {"Gaussian": None, "probdiff": partial(chain, num_timesteps=3, num_steps=20, num_particles=25)}
         for method, make in few.items():
             run("wine", method, ["block"], make, 3, cells.__setitem__)
         print(table(cells).to_string(index=False))
