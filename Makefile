@@ -1,9 +1,12 @@
 PYTHON ?= .venv/bin/python
 
-.PHONY: test lint types notebooks bench ci
+.PHONY: test slow lint types notebooks bench readme ci
 
 test:
 	.venv/bin/pytest
+
+slow:
+	.venv/bin/pytest -m slow
 
 lint:
 	.venv/bin/ruff check .
@@ -18,6 +21,9 @@ notebooks:
 bench:
 	for name in overhead peers growth evaluation quality streaming variance naive; do \
 		$(PYTHON) -m tests.benchmarks.$$name || exit 1; done
+
+readme:
+	$(PYTHON) -m tests.benchmarks.readme
 
 ci:
 	.ci/run

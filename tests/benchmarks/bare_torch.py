@@ -42,7 +42,10 @@ class Diffusion(nn.Module):
         network = params["network"]
         D, width = network["first"][0].shape
         model = cls(D, width, len(network["blocks"]), T)
-        tensor = lambda a: torch.tensor(np.asarray(a))  # noqa: E731
+
+        def tensor(a):
+            return torch.tensor(np.asarray(a))
+
         with torch.no_grad():
             layers = [(model.network.first, network["first"]), (model.network.last, network["last"])]
             layers += list(zip(model.network.blocks, network["blocks"], strict=True))

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 
 import probdiff
 from probdiff import datasets, networks, schedules
-from tests.benchmarks.timing import report
+from tests.benchmarks.timing import parser, report
 
 
 def mixture(x, rng, size, count, steps=200):
@@ -53,6 +53,8 @@ def autoregressive_log_p(train, test, penalty):
 
 
 def main():
+    small = parser(__doc__).parse_args().small
+    num_seeds, num_steps = (1, 20) if small else (5, 20_000)
     parts = datasets.load("binary-digits", rng_key=jax.random.key(0))
     train, test = parts.train.astype(float), parts.test.astype(float)
     inner, held = train[: -len(train) // 6], train[-len(train) // 6 :]
@@ -69,26 +71,30 @@ def main():
 
     tried = {
         (size, count): mixture_log_p(mixture(inner, np.random.default_rng(0), size, count), held).mean()
-        for size in (20, 40, 80, 160, 320) for count in (0.1, 0.3, 1.0)
+        for size in ((20,) if small else (20, 40, 80, 160, 320)) for count in ((0.1,) if small else (0.1, 0.3, 1.0))
     }  # fmt: skip
     size, count = max(tried, key=tried.get)
-    fits = [mixture_log_p(mixture(train, np.random.default_rng(seed), size, count), test) for seed in range(5)]
+    fits = [mixture_log_p(mixture(train, np.random.default_rng(seed), size, count), test) for seed in range(num_seeds)]
     add("mixture of Bernoullis", fits, f"{size} components, {count} added")
-    tried = {c: autoregressive_log_p(inner, held, c).mean() for c in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
+    tried = {
+        c: autoregressive_log_p(inner, held, c).mean() for c in ((1.0,) if small else (0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
+    }
     penalty = max(tried, key=tried.get)
     add("logistic autoregressive", [autoregressive_log_p(train, test, penalty)], f"C = {penalty}")
-    for T in (50, 200):
-        for components in (1, 10):
+    for T in (5,) if small else (50, 200):
+        for components in (1,) if small else (1, 10):
             log_p, start, steps = [], time.perf_counter(), []
-            for seed in range(5):
+            for seed in range(num_seeds):
                 schedule = schedules.LearnedBetas(T, schedules.harmonic(T))
                 d = probdiff.BinomialDiffusion((64,), schedule, networks.ResidualMLP(), components=components)
-                fit = probdiff.fit(d, parts.train, rng_key=jax.random.key(seed), progress_bar=False)
+                fit = probdiff.fit(
+                    d, parts.train, rng_key=jax.random.key(seed), num_steps=num_steps, progress_bar=False
+                )
                 steps.append(fit.losses.size)
                 log_p.append(fit.log_likelihood(parts.test, rng_key=jax.random.key(9), num_draws=20).values)
             name = f"probdiff (lower bound), T = {T}, {components} component(s)"
-            add(name, log_p, f"{int(np.median(steps))} steps", (time.perf_counter() - start) / 5)
-    report(__file__, rows)
+            add(name, log_p, f"{int(np.median(steps))} steps", (time.perf_counter() - start) / num_seeds)
+    report(__file__, rows, save=not small)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ draws. Each row is run in a process of its own, whose largest resident memory is
 minutes.
 """
 
+import importlib.util
 import json
 import resource
 import subprocess
@@ -22,9 +23,7 @@ import probdiff
 from probdiff import derivation
 from tests.benchmarks import bare
 from tests.benchmarks.overhead import by_hand, diffusion
-from tests.benchmarks.timing import alternate, report, spread
-
-N, T = 10_000, 1000
+from tests.benchmarks.timing import alternate, missing, parser, report, spread
 
 
 def kernel(params, levels, x_t, t):
@@ -58,7 +57,7 @@ def bare_elbo(params, x_0, key):
         reconstruction = 0.5 * ((x_0 - mean) ** 2 / var + jnp.log(2 * jnp.pi * var))
         return total - jnp.sum(jnp.where(t == 1, reconstruction, kl), 1), None
 
-    last = keep[T]
+    last, T = keep[-1], len(keep) - 1
     prior = 0.5 * jnp.sum(jnp.exp(last) * x_0**2 - jnp.expm1(last) - 1 - jnp.log(-jnp.expm1(last)), 1)
     return jax.lax.scan(term, -prior, (jax.random.split(key, T), jnp.arange(1, T + 1)))[0]
 
@@ -66,6 +65,7 @@ def bare_elbo(params, x_0, key):
 @jax.jit
 def bare_sample(params, x_T, key):
     levels = bare.levels(params["logits"])
+    T = len(levels[0])
 
     def step(x, args):
         key, t = args
@@ -75,7 +75,7 @@ def bare_sample(params, x_T, key):
     return jax.lax.scan(step, x_T, (jax.random.split(key, T), jnp.arange(T, 0, -1)))[0]
 
 
-def fitted(D):
+def fitted(D, T):
     """A diffusion of T steps with typical params."""
     d = diffusion(D, 128, 3, T)
     params = derivation.typical_params(d, jax.random.key(0))
@@ -83,16 +83,19 @@ def fitted(D):
     return probdiff.Fit(d, jax.tree.map(lambda leaf: leaf[None], params), nothing, nothing, np.zeros(D), np.ones(D))
 
 
-def run(what, D, peers):
-    fit, key = fitted(D), jax.random.key(1)
+def run(what, D, N, T, peers):
+    fit, key = fitted(D, T), jax.random.key(1)
     x = np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)
     params, x_0 = by_hand(fit.params), jnp.asarray(x)
-    if what == "elbo":
-        package = lambda: fit.log_likelihood(x, rng_key=key, num_draws=2).values  # noqa: E731
-        plain = lambda: np.asarray((bare_elbo(params, x_0, key) + bare_elbo(params, x_0, key)) / 2)  # noqa: E731
-    else:
-        package = lambda: fit.sample(key, N)  # noqa: E731
-        plain = lambda: np.asarray(bare_sample(params, x_0, key))  # noqa: E731
+
+    def package():
+        return fit.log_likelihood(x, rng_key=key, num_draws=2).values if what == "elbo" else fit.sample(key, N)
+
+    def plain():
+        if what == "elbo":
+            return np.asarray((bare_elbo(params, x_0, key) + bare_elbo(params, x_0, key)) / 2)
+        return np.asarray(bare_sample(params, x_0, key))
+
     ours = package()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     programs = {"probdiff": package, "lax.scan": plain}
@@ -108,7 +111,7 @@ def run(what, D, peers):
         model = bare_torch.Diffusion.of(params, T)
         points = torch.tensor(x)
         programs["PyTorch"] = lambda: model.elbo(points) if what == "elbo" else model.sample(N, D)
-    seconds = alternate(programs, 5)
+    seconds = alternate(programs, 5 if T == 1000 else 2)
     if what == "elbo" and peers:
         seconds["PyTorch"] *= 2  # it makes one draw
     row = {"what": what, "D": D, "probdiff, s": spread(seconds["probdiff"]),
@@ -119,19 +122,21 @@ def run(what, D, peers):
 
 
 def main():
-    if len(sys.argv) > 1:
-        what, D, peers = sys.argv[1:]
-        print(json.dumps(run(what, int(D), peers == "True")))
+    options = parser(__doc__)
+    options.add_argument("--row", nargs=2, metavar=("WHAT", "D"), help="one row, in this process")
+    args = options.parse_args()
+    N, T = (200, 20) if args.small else (10_000, 1000)
+    if args.row:
+        what, D = args.row
+        print(json.dumps(run(what, int(D), N, T, importlib.util.find_spec("torch") is not None)))
         return
-    import importlib.util
-
-    peers = importlib.util.find_spec("torch") is not None
-    rows = []
+    absent, rows = missing("torch"), []
     for what in ("elbo", "sample"):
-        for D in (2, 64):
-            command = [sys.executable, "-m", "tests.benchmarks.evaluation", what, str(D), str(peers)]
-            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    report(__file__, rows)
+        for D in (2,) if args.small else (2, 64):
+            command = [sys.executable, "-m", "tests.benchmarks.evaluation", "--row", what, str(D)]
+            command += ["--small"] * args.small
+            rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+    report(__file__, rows, save=not args.small and not absent)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Last, 10⁶ ancestral samples at T = 1000 from a 3×128 network. Without a GPU `
 on the CPU.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -23,8 +22,8 @@ import numpy as np
 
 import probdiff
 from probdiff import derivation, networks, schedules
-from probdiff.fitting import loop as training
-from tests.benchmarks.timing import alternate, report, spread
+from probdiff.fitting import loop
+from tests.benchmarks.timing import alternate, parser, report, spread
 
 D, T = 64, 1000
 PRECISIONS = {"float32": ("highest", None), "tf32": ("tensorfloat32", None), "bf16": ("highest", "bfloat16")}
@@ -35,7 +34,7 @@ def loss_and_gradient(device, precision):
     d = probdiff.GaussianDiffusion((D,), schedules.LearnedBetas(T), networks.ResidualMLP())
     params = derivation.typical_params(d, jax.random.key(0))
     x = np.random.default_rng(0).normal(size=(512, D)).astype(np.float32)
-    svi = training.make_svi(d, training.Settings())
+    svi = loop.make_svi(d, loop.Settings())
     key = jax.random.key(1)
     with jax.default_matmul_precision(precision):
         compute = jax.jit(jax.value_and_grad(lambda p, x: svi.loss.loss(key, p, svi.model, svi.guide, x)))
@@ -60,15 +59,15 @@ def measure(depth, width, batch, name, rates, steps):
     precision, dtype = PRECISIONS[name]
     network = networks.ResidualMLP(width, depth, dtype=dtype)
     d = probdiff.GaussianDiffusion((D,), schedules.LearnedBetas(T), network)
-    settings = training.Settings(20_000, batch, 1, check_every=steps, times="weighted")
-    svi, keys = training.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
+    settings = loop.Settings(20_000, batch, 1, check_every=steps, times="weighted")
+    svi, keys = loop.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
     x = jax.random.normal(jax.random.key(1), (max(batch, 2**18), D))
     row = {"network": f"{depth}×{width}", "batch": batch, "products": name}
     try:
         with jax.default_matmul_precision(precision):
-            state, params = training.start_state(svi, x[:512], keys)
+            state, params = loop.start_state(svi, x[:512], keys)
             arguments = jax.device_put((state, None, x, len(x), keys, 0, steps))
-            run = training.make_steps(d, svi, settings, None).lower(*arguments).compile()
+            run = loop.make_steps(d, svi, settings, None).lower(*arguments).compile()
             if "callback" in run.as_text():
                 raise AssertionError("the loop calls back to the host")
         with jax.transfer_guard("disallow"):
@@ -93,17 +92,16 @@ def sampling(n):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--out", default=__file__, help="where to leave the .json file")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", default=__file__, help="where to leave the .json file")
+    args = options.parse_args()
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
     reference = loss_and_gradient(cpu, "highest")
     exact, fast = (difference(loss_and_gradient(device, p), reference) for p in ("highest", "tensorfloat32"))
     print(f"loss and gradient on {device.device_kind} and on the CPU differ by {exact:.1e}, with TF32 by {fast:.1e}")
     if exact > 1e-4:
         raise AssertionError("the devices do not agree")
-    size = 1024 if args.small else 8192
+    size = 256 if args.small else 8192
     rates = {
         name: matmul_rate(size, jnp.dtype(dtype or "float32"), precision)
         for name, (precision, dtype) in PRECISIONS.items()
@@ -111,18 +109,19 @@ def main():
     print("large products, Tflop/s: " + ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items()))
     shapes = ((3, 128), (4, 512), (8, 1024), (8, 4096))
     batches = (512, 4096, 32_768, 65_536, 262_144)
+    products = tuple(PRECISIONS)
     if args.small:
-        shapes, batches = shapes[:1], batches[:2]
+        shapes, batches, products = shapes[:1], batches[:1], products[:1]
     rows = []
     for depth, width in shapes:
         for batch in batches:
-            for name in PRECISIONS:
-                steps = int(np.clip(1e9 / (batch * width), 5, 200))
+            for name in products:
+                steps = 5 if args.small else int(np.clip(1e9 / (batch * width), 5, 200))
                 rows.append(measure(depth, width, batch, name, rates, steps))
                 print(rows[-1], flush=True)
-    n = 10_000 if args.small else 1_000_000
+    n = 100 if args.small else 1_000_000
     print(f"{n:,} ancestral samples at T = {T}: {sampling(n):.1f} s", flush=True)
-    report(Path(args.out), rows)
+    report(Path(args.out), rows, save=not args.small)
 
 
 if __name__ == "__main__":

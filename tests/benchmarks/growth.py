@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff.fitting import loop as training
+from probdiff.fitting import loop
 from tests.benchmarks.overhead import diffusion
-from tests.benchmarks.timing import alternate, report, spread
+from tests.benchmarks.timing import alternate, parser, report, spread
 
 TIMES, STEPS = (10, 100, 1000, 10_000), 500
 
@@ -40,25 +40,27 @@ print(jax_done - start, done - jax_done, time.perf_counter() - start)
 def program(T):
     """A chunk of steps as a lowered program, and its arguments."""
     d, x = diffusion(2, 128, 3, T), jnp.asarray(np.random.default_rng(0).normal(size=(20_000, 2)), jnp.float32)
-    settings = training.Settings(20_000, 512, 1, check_every=STEPS, times="weighted")
-    svi, keys = training.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
-    state, _ = training.start_state(svi, x[:512], keys)
-    return training.make_steps(d, svi, settings, None), (state, None, x, len(x), keys, 0, STEPS)
+    settings = loop.Settings(20_000, 512, 1, check_every=STEPS, times="weighted")
+    svi, keys = loop.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
+    state, _ = loop.start_state(svi, x[:512], keys)
+    return loop.make_steps(d, svi, settings, None), (state, None, x, len(x), keys, 0, STEPS)
 
 
 def main():
-    compiled, seconds_to_compile = {}, {T: [] for T in TIMES}
-    for _ in range(5):
-        for T in TIMES:
+    small = parser(__doc__).parse_args().small
+    times, repetitions = (TIMES[:1], 1) if small else (TIMES, 5)
+    compiled, seconds_to_compile = {}, {T: [] for T in times}
+    for _ in range(repetitions):
+        for T in times:
             jax.clear_caches()
             run, arguments = program(T)
             start = time.perf_counter()
             compiled[T] = (run.lower(*arguments).compile(), arguments)
             seconds_to_compile[T].append(time.perf_counter() - start)
     steps = {T: (lambda c=c, a=a: jax.block_until_ready(c(*a))) for T, (c, a) in compiled.items()}
-    seconds = alternate(steps, 7)
+    seconds = alternate(steps, 1 if small else 7)
     rows = []
-    for T in TIMES:
+    for T in times:
         memory = compiled[T][0].memory_analysis()
         size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         rows.append({
@@ -70,16 +72,16 @@ def main():
             "memory, MiB": round(size / 2**20, 2),
         })  # fmt: skip
         rows[-1]["memory over T = 10"] = round(rows[-1]["memory, MiB"] / rows[0]["memory, MiB"], 3)
-    for T in (40, 1000):
+    for T in (40,) if small else (40, 1000):
         found = [
             [float(s) for s in subprocess.run(
                 [sys.executable, "-c", FIRST.format(T=T)], check=True, capture_output=True, text=True
-            ).stdout.split()] for _ in range(5)
+            ).stdout.split()] for _ in range(repetitions)
         ]  # fmt: skip
         of_jax, of_package, first = np.array(found).T
         print(f"T = {T}: import jax {spread(of_jax)} s, import probdiff beyond it {spread(of_package)} s, "
               f"first step {spread(first)} s")  # fmt: skip
-    report(__file__, rows)
+    report(__file__, rows, save=not small)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ exact ones, TV the total variation between the weights of the modes, both with t
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -24,7 +23,8 @@ import pandas as pd
 
 from probdiff import GaussianDiffusion, posterior, schedules
 from probdiff.results import Fit
-from tests.benchmarks.guidance_problems import DRAWS, D, draw, path
+from tests.benchmarks.guidance_problems import DRAWS, D, draw, path, problems
+from tests.benchmarks.timing import parser
 
 CELLS = Path(__file__).with_suffix(".json")
 T = 100
@@ -59,9 +59,9 @@ def exact_fit(weights, means, variances, num_timesteps=T):
     return Fit(d, params, np.zeros((1, 1)), np.zeros((1, 0)), np.zeros(size), np.ones(size))
 
 
-def ours(p, K):
-    """1,000 draws for each problem (problems, 1000, D), and seconds a problem."""
-    fit, draws, seconds = exact_fit(p["weights"], p["means"], p["variances"]), [], 0.0
+def ours(p, K, T=T):
+    """1,000 draws for each problem (problems, 1000, D), and seconds a problem, by chains of T steps."""
+    fit, draws, seconds = exact_fit(p["weights"], p["means"], p["variances"], T), [], 0.0
     for n in range(len(p["y"])):
         likelihood = posterior.LinearGaussian(p["y"][n], p["A"][n], p["noise"][n])
         start = time.perf_counter()
@@ -137,7 +137,10 @@ def run(level, M, K):
 def table():
     """The cells, a row for each sampler and a column for each cell."""
     frame = pd.DataFrame(json.loads(CELLS.read_text()))
-    pair = lambda row, name: f"{row[name]:.3f} ± {row[name + ' se']:.3f}"  # noqa: E731
+
+    def pair(row, name):
+        return f"{row[name]:.3f} ± {row[name + ' se']:.3f}"
+
     frame["SW / TV"] = [
         f"{row.diverged} diverged" if row.diverged else f"{pair(row, 'SW')} / {pair(row, 'TV')}"
         for _, row in frame.iterrows()
@@ -153,7 +156,20 @@ def table():
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+def main():
+    options = parser(__doc__)
+    options.add_argument("cell", nargs="*", help="LEVEL M K")
+    args = options.parse_args()
+    if args.small:
+        p = problems(1, "wide", count=2)
+        draws, seconds = ours(p, 20, T=20)
+        print(Score(p)(draws) | {"seconds": seconds})
+        return
+    if args.cell:
+        level, M, K = args.cell
+        run(level, int(M), int(K))
     print(table())
+
+
+if __name__ == "__main__":
+    main()

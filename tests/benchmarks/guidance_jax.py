@@ -16,14 +16,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from diffuse.base_forward_model import MeasurementState
-from diffuse.denoisers.cond import DPSDenoiser, FPSDenoiser, TMPDenoiser
-from diffuse.diffusion.sde import SDE, Flow, LinearSchedule
-from diffuse.examples.gaussian_mixtures.forward_models.matrix_product import MatrixProduct
-from diffuse.integrator import EulerIntegrator, EulerMaruyamaIntegrator
-from diffuse.predictor import Predictor
-from diffuse.timer import VpTimer
 from guidance_problems import DRAWS, D, path, save
+
+try:
+    from diffuse.base_forward_model import MeasurementState
+    from diffuse.denoisers.cond import DPSDenoiser, FPSDenoiser, TMPDenoiser
+    from diffuse.diffusion.sde import SDE, Flow, LinearSchedule
+    from diffuse.examples.gaussian_mixtures.forward_models.matrix_product import MatrixProduct
+    from diffuse.integrator import EulerIntegrator, EulerMaruyamaIntegrator
+    from diffuse.predictor import Predictor
+    from diffuse.timer import VpTimer
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install diffuse-jax==0.1.1") from None
 
 MODELS = {
     "SDE": (SDE(LinearSchedule(b_min=0.1, b_max=20.0, t0=0.0, T=1.0)), EulerMaruyamaIntegrator),
@@ -71,6 +75,11 @@ def run(key, name, steps, prior, A, y, noise):
     return state.integrator_state.position
 
 
+def solve(name, steps, prior, p, n):
+    """Draws (DRAWS, D) for the n-th problem of p."""
+    return run(jax.random.key(n), name, steps, prior, p["A"][n], p["y"][n], p["noise"][n])
+
+
 def main():
     level, M, K, *names = sys.argv[1:]
     p = {k: jnp.asarray(v, jnp.float32) for k, v in np.load(path(level, M)).items()}
@@ -79,12 +88,11 @@ def main():
     for name in names or SAMPLERS:
         cost = SAMPLERS[name][3]
         steps = int(K) // cost
-        call = lambda n: run(jax.random.key(n), name, steps, prior, p["A"][n], p["y"][n], p["noise"][n])  # noqa: B023, E731
         start = time.perf_counter()
-        call(0).block_until_ready()
+        solve(name, steps, prior, p, 0).block_until_ready()
         first = time.perf_counter() - start
         start = time.perf_counter()
-        draws[name] = np.stack([call(n) for n in range(len(p["y"]))])
+        draws[name] = np.stack([solve(name, steps, prior, p, n) for n in range(len(p["y"]))])
         seconds = (time.perf_counter() - start) / len(p["y"])
         meta[name] = {"steps": steps, "cost": cost, "seconds": seconds, "first": first}
         text = f"{steps} steps of {cost} evaluations, {seconds:.2f} s a problem, {first:.1f} s the first"

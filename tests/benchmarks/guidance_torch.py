@@ -15,12 +15,16 @@ import sys
 import time
 
 import numpy as np
-import torch
-from azula import guidance, sample
-from azula.denoise import Denoiser, DiracPosterior
-from azula.linalg.covariance import FullCovariance, IsotropicCovariance
-from azula.noise import RectifiedSchedule
 from guidance_problems import DRAWS, D, path, save
+
+try:
+    import torch
+    from azula import guidance, sample
+    from azula.denoise import Denoiser, DiracPosterior
+    from azula.linalg.covariance import FullCovariance, IsotropicCovariance
+    from azula.noise import RectifiedSchedule
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install torch==2.13.0 azula==0.11.1") from None
 
 
 class Mixture(Denoiser):
@@ -104,7 +108,9 @@ def samplers(prior, p, n):
         return Pooled(lambda: tds(twist)(min(steps, 50)), -(-steps // 50))
 
     def pgdm(inverse):
-        back = lambda v: v @ inverse.T  # noqa: E731
+        def back(v):
+            return v @ inverse.T
+
         return lambda steps: guidance.PGDMSampler(prior, y, apply, back, eta=1.0, steps=steps, silent=True)
 
     def jfps(iterations):

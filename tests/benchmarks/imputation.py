@@ -20,12 +20,12 @@ All scores are in the training standard deviations, and their standard errors ar
 A cell is saved in imputation.json as soon as it is done, with the scores of each test row, and not computed again.
 """
 
-import argparse
 import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from sklearn.model_selection import GridSearchCV
 import probdiff
 from probdiff import datasets, networks, posterior, schedules
 from probdiff.files import atomic_write
+from tests.benchmarks.timing import missing, parser
 
 BLOCKS = {"wine": range(5, 9), "breast-cancer": range(20, 30)}  # the phenols; the "worst …" features
 PATTERNS = ("random/0", "random/1", "random/2", "random/3", "random/4", "block")
@@ -215,18 +216,17 @@ def forest(**settings):
     return fit
 
 
-def chain(train):
+def chain(train, num_timesteps=40, num_steps=20_000, num_particles=500):
     """`probdiff.fit` with no option of its own, and `posterior.sample` of rows with `Missing` entries."""
-    d = probdiff.GaussianDiffusion((train.shape[1],), schedules.LearnedBetas(40), networks.ResidualMLP())
-    fit = probdiff.fit(d, train, rng_key=jax.random.key(0), progress_bar=False)
+    d = probdiff.GaussianDiffusion((train.shape[1],), schedules.LearnedBetas(num_timesteps), networks.ResidualMLP())
+    fit = probdiff.fit(d, train, rng_key=jax.random.key(0), num_steps=num_steps, progress_bar=False)
 
     def impute(test, hidden, seed):
         keys = jax.random.split(jax.random.key(seed))
-        dt = posterior.sample(
-            fit, posterior.Missing(np.where(hidden, np.nan, test)), rng_key=keys[0], num_particles=500
-        )  # fmt: skip
+        seen = posterior.Missing(np.where(hidden, np.nan, test))
+        dt = posterior.sample(fit, seen, rng_key=keys[0], num_particles=num_particles)
         draws = dt["posterior"].dataset["x_0"].to_numpy()  # chain, draw, datum, feature
-        whole = posterior.log_evidence(fit, posterior.Missing(test), rng_key=keys[1], num_particles=500)
+        whole = posterior.log_evidence(fit, posterior.Missing(test), rng_key=keys[1], num_particles=num_particles)
         joint = whole.values - dt["evidence"].dataset["log_evidence"].to_numpy()
         apart = draws.shape[1] // -(-NUM_DRAWS // len(draws))  # neighbours may be equal
         few = draws[:, ::apart].swapaxes(0, 1).reshape(-1, *test.shape)[:NUM_DRAWS]
@@ -292,12 +292,13 @@ def save(key, cell):
         file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def run(source, method, patterns):
+def run(source, method, patterns, make=None, num_rows=None, keep=save):
+    """Computes cells of a method, made by `make` if not as in the table, on the first rows, and keeps each."""
     split = datasets.load(source, rng_key=jax.random.key(0))
     loc, scale = split.train.mean(0), split.train.std(0)
-    train, test = (split.train - loc) / scale, (split.test - loc) / scale
+    train, test = (split.train - loc) / scale, (split.test[:num_rows] - loc) / scale
     start = time.perf_counter()
-    impute = METHODS[method](train)
+    impute = (make or METHODS[method])(train)
     fit_seconds = round(time.perf_counter() - start, 1)
     for seed, pattern in enumerate(PATTERNS):
         if pattern not in patterns:
@@ -308,21 +309,33 @@ def run(source, method, patterns):
         seconds = round(time.perf_counter() - start, 1)
         scores = {name: np.round(value, 4).tolist() for name, value in score(imputed, test, hidden).items()}
         cell = {"note": imputed.note, "draws": len(imputed.draws), "fit_seconds": fit_seconds, "seconds": seconds}
-        save(f"{source}/{method}/{pattern}", cell | {"scores": scores})
+        keep(f"{source}/{method}/{pattern}", cell | {"scores": scores})
         print(f"{source}/{method}/{pattern}: fit {fit_seconds} s, imputed in {seconds} s", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="a part of the names of the cells to compute, such as wine/Gaussian")
-    parser.add_argument("--against", choices=METHODS, help="print the differences from this method, paired by row")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument(
+        "--only", default="", help="a part of the names of the cells to compute, such as wine/Gaussian"
+    )
+    options.add_argument("--against", choices=METHODS, help="print the differences from this method, paired by row")
+    args = options.parse_args()
+    if args.small:
+        cells = {}
+        few = {"Gaussian": None, "probdiff": partial(chain, num_timesteps=3, num_steps=20, num_particles=25)}
+        for method, make in few.items():
+            run("wine", method, ["block"], make, 3, cells.__setitem__)
+        print(table(cells).to_string(index=False))
+        return
+    absent = missing("ForestDiffusion")
     for method in METHODS:
+        if absent and method.startswith("ForestDiffusion"):
+            continue
         for source in BLOCKS:
             cells = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             keys = {p: f"{source}/{method}/{p}" for p in PATTERNS}
-            if missing := [p for p, key in keys.items() if key not in cells and args.only in key]:
-                run(source, method, missing)
+            if wanted := [p for p, key in keys.items() if key not in cells and args.only in key]:
+                run(source, method, wanted)
     cells = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     print(table(cells, args.against).to_string(index=False))
 

@@ -18,17 +18,21 @@ import pandas as pd
 
 import probdiff
 from probdiff import datasets, networks, schedules
+from tests.benchmarks.timing import parser
 
 NUM_DATA, REPETITIONS = 64, 5
 PARTICLES, FILTERS = 100, 8
-METHODS = {
-    "elbo": {"method": "elbo", "num_draws": 100},
-    "iwae": {"method": "iwae", "num_particles": 2 * 2 * FILTERS * PARTICLES},
-    "smc": {"method": "smc", "num_particles": PARTICLES, "num_draws": FILTERS},
-    "upper": {"method": "upper", "num_particles": 2 * 2 * FILTERS * PARTICLES},
-    "ode": {"method": "ode", "num_draws": 8},
-    "exact": {"method": "exact"},
-}
+
+
+def methods(num_particles, num_filters):
+    return {
+        "elbo": {"method": "elbo", "num_draws": num_particles},
+        "iwae": {"method": "iwae", "num_particles": 2 * 2 * num_filters * num_particles},
+        "smc": {"method": "smc", "num_particles": num_particles, "num_draws": num_filters},
+        "upper": {"method": "upper", "num_particles": 2 * 2 * num_filters * num_particles},
+        "ode": {"method": "ode", "num_draws": num_filters},
+        "exact": {"method": "exact"},
+    }
 
 
 class Linear(eqx.Module):
@@ -42,14 +46,14 @@ class Linear(eqx.Module):
         return jnp.pad(self.matrix @ x_t, (0, self.bias.size - x_t.size)) + self.bias + self.slope * log_snr
 
 
-def linear(num_features):
+def linear(num_features, num_timesteps=40):
     rng = np.random.default_rng(0)
     network = Linear(
         jnp.asarray(0.12 * rng.normal(size=(num_features, num_features)), jnp.float32),
         jnp.asarray(0.03 * rng.normal(size=2 * num_features), jnp.float32),
         jnp.asarray(0.09 * rng.normal(size=2 * num_features), jnp.float32),
     )
-    d = probdiff.GaussianDiffusion((num_features,), schedules.cosine(40), network, "diagonal")
+    d = probdiff.GaussianDiffusion((num_features,), schedules.cosine(num_timesteps), network, "diagonal")
     params = {"network$params": jax.tree.map(lambda leaf: leaf[None], eqx.partition(network, eqx.is_inexact_array)[0])}
     nothing = np.zeros((1, 0))
     return probdiff.Fit(d, params, nothing, nothing, np.zeros(num_features), np.ones(num_features))
@@ -61,14 +65,14 @@ def fitted(density, size):
     return probdiff.fit(d, x, rng_key=jax.random.key(1), num_steps=4000, progress_bar=False)
 
 
-def measure(name, fit):
-    paths = fit.sample(jax.random.key(2), NUM_DATA, paths=True)
+def measure(name, fit, num_data=NUM_DATA, num_particles=PARTICLES, num_filters=FILTERS, repetitions=REPETITIONS):
+    paths = fit.sample(jax.random.key(2), num_data, paths=True)
     rows = []
-    for label, options in METHODS.items():
+    for label, options in methods(num_particles, num_filters).items():
         x = paths if label == "upper" else paths[:, 0]
         found = []
         try:
-            for r in range(1 if label == "exact" else REPETITIONS):
+            for r in range(1 if label == "exact" else repetitions):
                 start = time.perf_counter()
                 found.append(fit.log_likelihood(x, rng_key=jax.random.key(10 + r), **options))
                 seconds = time.perf_counter() - start
@@ -90,6 +94,9 @@ def measure(name, fit):
 
 
 def main():
+    if parser(__doc__).parse_args().small:
+        measure("linear, D = 2", linear(2, 3), num_data=2, num_particles=4, num_filters=2, repetitions=2)
+        return
     mixture = datasets.GaussianMixture([0.3, 0.7], [[-1.0], [0.6]], [[[0.01]], [[0.09]]])
     measure("linear, D = 16", linear(16))
     measure("mixture, D = 1", fitted(mixture, 1))

@@ -8,7 +8,6 @@ gap L − K on held-out data is looked at every 200 steps until it is at most th
 whose learning rate falls to zero, runs anew with more steps until it is; the time of the fit that reaches it counts.
 """
 
-import argparse
 import time
 
 import jax
@@ -20,9 +19,10 @@ from numpyro.infer import SVI, Trace_ELBO
 import probdiff
 from probdiff import datasets, networks, schedules
 from probdiff.likelihood import paths
-from tests.benchmarks.timing import report, spread
+from tests.benchmarks.timing import parser, report, spread
 
 TARGETS = {10: 0.10, 40: 0.05}
+STEPS = (1000, 2000, 3000, 4500, 6000, 9000, 15_000)
 
 
 def gap(d, params, held_out, exact):
@@ -30,9 +30,9 @@ def gap(d, params, held_out, exact):
     return float((exact - log_w.mean(0)).mean())
 
 
-def package(d, x, held_out, exact, seed, target):
+def package(d, x, held_out, exact, seed, target, attempts=STEPS):
     """Seconds to the target, by fits of more and more steps: each fit counts alone, compiled anew."""
-    for num_steps in (1000, 2000, 3000, 4500, 6000, 9000, 15_000):
+    for num_steps in attempts:
         jax.clear_caches()
         start = time.perf_counter()
         fit = probdiff.fit(d, x, rng_key=jax.random.key(seed), num_steps=num_steps, progress_bar=False)
@@ -68,19 +68,22 @@ def naive(d, x, held_out, exact, seed, target, budget):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=400, help="seconds that the naive program gets")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--budget", type=float, default=400, help="seconds that the naive program gets")
+    args = options.parse_args()
+    targets, attempts, seeds = ({3: 10.0}, (50,), 1) if args.small else (TARGETS, STEPS, args.seeds)
     roll = datasets.SwissRoll(0.5)
-    x, held_out = (np.asarray(roll.sample(jax.random.key(i), n)) for i, n in ((0, 100_000), (1, 10_000)))
+    x, held_out = (
+        np.asarray(roll.sample(jax.random.key(i), n)) for i, n in ((0, 100_000), (1, 500 if args.small else 10_000))
+    )
     exact = np.asarray(roll.log_prob(held_out), float)
     rows = []
-    for T, target in TARGETS.items():
+    for T, target in targets.items():
         found = []
-        for seed in range(args.seeds):
+        for seed in range(seeds):
             d = probdiff.GaussianDiffusion((2,), schedules.LearnedBetas(T), networks.ResidualMLP(), "full")
-            ours, steps = package(d, x, held_out, exact, seed, target)
+            ours, steps = package(d, x, held_out, exact, seed, target, attempts)
             theirs, their_steps, compiling, step = naive(d, x, held_out, exact, seed, target, args.budget)
             reached = np.isfinite(theirs)
             found.append((ours, theirs if reached else args.budget, compiling, 1e3 * step, reached, steps, their_steps))
@@ -94,7 +97,7 @@ def main():
             "of that to compile, s": spread(compiling), "naive, ms a step": spread(step),
             "naive over probdiff": spread(theirs / ours),
         })  # fmt: skip
-    report(__file__, rows)
+    report(__file__, rows, save=not args.small)
 
 
 if __name__ == "__main__":

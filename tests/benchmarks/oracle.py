@@ -7,16 +7,15 @@ of that is due to the learned β_t (max K* − K*(β_t)) and not to the network,
     python -m tests.benchmarks.oracle --mixture three --num-timesteps 16 --schedule snr
 """
 
-import argparse
-
 import jax
 import numpy as np
 from numpyro import handlers
 
 import probdiff
 from probdiff import datasets, networks, schedules
-from probdiff.likelihood import elbo as likelihood
+from probdiff.likelihood.elbo import elbo_draws
 from probdiff.reference import oracle
+from tests.benchmarks.timing import parser
 
 STARTS = {
     "default": lambda T: None,
@@ -60,7 +59,7 @@ def shortfall(fitted, target, best, *, num_data):
     params = {"network$params": handlers.trace(handlers.seed(d.kernels, 0)).get_trace()["network$params"]["value"]}
     x_0 = fitted.standardise(np.asarray(target.sample(jax.random.key(3), num_data)))
     with_best, with_fitted = (
-        likelihood.elbo_draws(d, params, x_0, rng_key=jax.random.key(4), num_draws=2)[0].elbo
+        elbo_draws(d, params, x_0, rng_key=jax.random.key(4), num_draws=2)[0].elbo
         for d, params in ((d, params), (fitted.diffusion, fitted.params))
     )
     of_network = with_best - with_fitted
@@ -69,14 +68,16 @@ def shortfall(fitted, target, best, *, num_data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mixture", nargs="+", choices=MIXTURES, default=list(MIXTURES))
-    parser.add_argument("--num-timesteps", nargs="+", type=int, default=[2, 4, 8, 16])
-    parser.add_argument("--start", nargs="+", choices=STARTS, default=list(STARTS))
-    parser.add_argument("--schedule", choices=["betas", "snr"], default="betas")
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--num-steps", type=int, default=4000)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--mixture", nargs="+", choices=MIXTURES, default=list(MIXTURES))
+    arguments.add_argument("--num-timesteps", nargs="+", type=int, default=[2, 4, 8, 16])
+    arguments.add_argument("--start", nargs="+", choices=STARTS, default=list(STARTS))
+    arguments.add_argument("--schedule", choices=["betas", "snr"], default="betas")
+    arguments.add_argument("--width", type=int, default=32)
+    arguments.add_argument("--num-steps", type=int, default=4000)
+    options = arguments.parse_args()
+    if options.small:
+        options.mixture, options.num_timesteps, options.start, options.num_steps = ["two"], [2], ["default"], 20
     for T in options.num_timesteps:
         for name in options.mixture:
             target = MIXTURES[name]
@@ -90,7 +91,7 @@ def main():
                     else schedules.LearnedBetas(T, STARTS[start](T))
                 )
                 fitted = fit(target, schedule, width=options.width, num_steps=options.num_steps)
-                short, error, of_beta = shortfall(fitted, target, best, num_data=20_000)
+                short, error, of_beta = shortfall(fitted, target, best, num_data=200 if options.small else 20_000)
                 figures = f"short by {short:.4f} ± {error:.4f}, of β {of_beta:.4f}"
                 print(f"  {start:12} {figures:42} β = {_row(fitted.beta)}", flush=True)
 

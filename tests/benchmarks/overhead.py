@@ -15,11 +15,12 @@ from numpyro import handlers
 
 import probdiff
 from probdiff import networks, schedules
-from probdiff.fitting import loop as training
+from probdiff.fitting import loop
 from tests.benchmarks import bare
-from tests.benchmarks.timing import alternate, report, spread
+from tests.benchmarks.timing import alternate, parser, report, spread
 
 STEPS, BATCH = 500, 512
+SHAPES = ((2, 128, 3), (64, 128, 3), (64, 512, 4))  # features, units and layers
 
 
 def diffusion(D, width, depth, T):
@@ -29,7 +30,10 @@ def diffusion(D, width, depth, T):
 def by_hand(params):
     """The params of the package as those of `bare`."""
     network, beta = params["network$params"], params["beta"]
-    layer = lambda linear: (linear.weight, linear.bias)  # noqa: E731
+
+    def layer(linear):
+        return linear.weight, linear.bias
+
     return {
         "network": {
             "first": layer(network.first),
@@ -43,22 +47,22 @@ def by_hand(params):
 
 def losses(d, params, x_0, key):
     """Of the package and by hand, at the draws that the package makes."""
-    loss = training.make_svi(d, training.Settings(batch_size=len(x_0)))
+    svi = loop.make_svi(d, loop.Settings(batch_size=len(x_0)))
     _, guide_key = jax.random.split(key)
     guide = handlers.substitute(handlers.seed(d.forward_at_time, guide_key), data=params)
     draws = handlers.trace(guide).get_trace(x_0)
     q = draws["x_t"]["fn"]
     noise = (draws["x_t"]["value"] - q.mean) / jnp.sqrt(q.variance)
     hand = bare.loss(by_hand(params), x_0, draws["u"]["value"], noise, d.num_timesteps)
-    return loss.loss.loss(key, params, loss.model, loss.guide, x_0), hand
+    return svi.loss.loss(key, params, svi.model, svi.guide, x_0), hand
 
 
-def loop(d, x, steps, check_every, times):
+def stretches(d, x, steps, check_every, times):
     """So many steps of the package in compiled stretches of `check_every`, to be called again and again."""
-    settings = training.Settings(20_000, BATCH, 1, check_every=check_every, times=times)
-    svi, keys = training.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
-    state, _ = training.start_state(svi, x[:BATCH], keys)
-    run = training.make_steps(d, svi, settings, None)
+    settings = loop.Settings(20_000, BATCH, 1, check_every=check_every, times=times)
+    svi, keys = loop.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
+    state, _ = loop.start_state(svi, x[:BATCH], keys)
+    run = loop.make_steps(d, svi, settings, None)
 
     def call():
         after = state
@@ -86,28 +90,29 @@ def programs(D, width, depth, T, steps=STEPS):
     if not np.isclose(ours, theirs, rtol=1e-4):
         raise AssertionError(f"the losses differ: {ours} and {theirs}")
     return {
-        "probdiff": loop(d, x, steps, steps, "even"),
+        "probdiff": stretches(d, x, steps, steps, "even"),
         "by hand": plain,
-        "weighted, 500": loop(d, x, steps, steps, "weighted"),
-        "weighted, 100": loop(d, x, steps, steps // 5, "weighted"),
+        "weighted, 500": stretches(d, x, steps, steps, "weighted"),
+        "weighted, 100": stretches(d, x, steps, steps // 5, "weighted"),
     }, float(abs(ours / theirs - 1))
 
 
 def main():
-    rows = []
-    for D, width, depth in ((2, 128, 3), (64, 128, 3), (64, 512, 4)):
-        candidates, difference = programs(D, width, depth, 40)
-        seconds = alternate(candidates, 9 if width < 512 else 5)
+    small = parser(__doc__).parse_args().small
+    rows, steps = [], 5 if small else STEPS
+    for D, width, depth in [(2, 8, 1)] if small else SHAPES:
+        candidates, difference = programs(D, width, depth, 40, steps)
+        seconds = alternate(candidates, 2 if small else 9 if width < 512 else 5)
         rows.append({
             "D": D, "network": f"{depth}×{width}",
-            "probdiff, ms a step": spread(1e3 * seconds["probdiff"] / STEPS),
-            "by hand, ms a step": spread(1e3 * seconds["by hand"] / STEPS),
+            "probdiff, ms a step": spread(1e3 * seconds["probdiff"] / steps),
+            "by hand, ms a step": spread(1e3 * seconds["by hand"] / steps),
             "ratio": spread(seconds["probdiff"] / seconds["by hand"]),
             "losses differ by": f"{difference:.0e}",
             "weighted over even, 500 steps": spread(seconds["weighted, 500"] / seconds["probdiff"]),
             "100 steps": spread(seconds["weighted, 100"] / seconds["probdiff"]),
         })  # fmt: skip
-    report(__file__, rows)
+    report(__file__, rows, save=not small)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,17 @@ diffusers learns no β_t and no variance, and its loss is the simple one. All dr
 
 import jax
 import numpy as np
-import torch
 
-from tests.benchmarks import bare, bare_torch
-from tests.benchmarks.overhead import BATCH, programs
-from tests.benchmarks.timing import alternate, report, spread
+from tests.benchmarks import bare
+from tests.benchmarks.overhead import BATCH, SHAPES, programs
+from tests.benchmarks.timing import alternate, missing, parser, report, spread
 
 
 def check_losses(D, width, depth, T):
+    import torch
+
+    from tests.benchmarks import bare_torch
+
     params = bare.init(jax.random.key(0), D, width, depth, T)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
@@ -28,28 +31,39 @@ def check_losses(D, width, depth, T):
         raise AssertionError(f"the losses differ: {ours} and {theirs}")
 
 
+def taken(run, steps):
+    """A program without arguments that takes so many steps."""
+    return lambda: run(steps)
+
+
 def main():
+    small = parser(__doc__).parse_args().small
+    if missing("torch", "diffusers"):
+        return
+    import torch
+
+    from tests.benchmarks import bare_torch
+
     rows = []
-    for D, width, depth in ((2, 128, 3), (64, 128, 3), (64, 512, 4)):
+    for D, width, depth in [(2, 8, 1)] if small else SHAPES:
         check_losses(D, width, depth, 40)
-        steps = 200 if width < 512 else 20
+        steps = 5 if small else 200 if width < 512 else 20
         pair, _ = programs(D, width, depth, 40, steps)
         x = torch.randn(20_000, D)
-        model = lambda: bare_torch.Diffusion(D, width, depth, 40)  # noqa: B023, E731
+        eager, compiled = (bare_torch.Diffusion(D, width, depth, 40) for _ in range(2))
         loops = {
-            "PyTorch": bare_torch.training(model(), x, BATCH, 20_000),
-            "torch.compile": bare_torch.training(model(), x, BATCH, 20_000, compiled=True),
+            "PyTorch": bare_torch.training(eager, x, BATCH, 20_000),
+            "torch.compile": bare_torch.training(compiled, x, BATCH, 20_000, compiled=True),
             "diffusers": bare_torch.diffusers_training(D, width, depth, 40, x, BATCH, 20_000),
         }
-        candidates = {"probdiff": pair["probdiff"]}
-        candidates |= {name: (lambda loop=loop: loop(steps)) for name, loop in loops.items()}  # noqa: B023
-        seconds = alternate(candidates, 7)
+        candidates = {"probdiff": pair["probdiff"]} | {name: taken(run, steps) for name, run in loops.items()}
+        seconds = alternate(candidates, 2 if small else 7)
         row = {"D": D, "network": f"{depth}×{width}", "probdiff, steps/s": spread(steps / seconds["probdiff"])}
         for name in loops:
             row[f"{name}, steps/s"] = spread(steps / seconds[name])
             row[f"over {name}"] = spread(seconds[name] / seconds["probdiff"])
         rows.append(row)
-    report(__file__, rows)
+    report(__file__, rows, save=not small)
 
 
 if __name__ == "__main__":

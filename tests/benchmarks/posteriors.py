@@ -9,8 +9,8 @@ the distribution functions of the second coordinate; that between own and exact 
 """
 
 import json
-import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,11 +29,26 @@ from probdiff.files import atomic_write
 from probdiff.results import Fit
 from tests.benchmarks.guidance import exact_fit, mode_error
 from tests.benchmarks.guidance_problems import problems
+from tests.benchmarks.timing import parser
 
 FOLDER = Path("runs/posteriors")
 CELLS = Path(__file__).with_suffix(".json")
 SEEN, NOISE = 0.3, 0.1
-CHAINS = 4096
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is drawn: of the fit's own draws, of particles and filters, of seeds of the evidence, by NUTS."""
+
+    num_own: int = 500_000
+    num_particles: int = 1000
+    num_filters: int = 16
+    evidence_particles: int = 2000
+    num_seeds: int = 200
+    num_chains: int = 4096
+
+
+SMALL = Size(2000, 25, 2, 25, 2, 8)
 
 
 class Rings:
@@ -72,9 +87,9 @@ def log_g(x):
     return stats.norm.logpdf(x, SEEN, NOISE)
 
 
-def own(fitted):
+def own(fitted, n):
     """Second coordinates, ascending, with their distribution function, log evidence and its standard error."""
-    draws = np.concatenate([fitted.sample(jax.random.key(100 + i), 500_000) for i in range(4)])
+    draws = np.concatenate([fitted.sample(jax.random.key(100 + i), n) for i in range(4)])
     order = np.argsort(draws[:, 1])
     w = np.exp(log_g(draws[order, 0]))
     return draws[order, 1], np.cumsum(w) / w.sum(), np.log(w.mean()), w.std() / w.mean() / np.sqrt(len(w))
@@ -102,7 +117,7 @@ def _nuts(model):
     return NUTS(model, step_size=0.1, adapt_step_size=False, adapt_mass_matrix=False, max_tree_depth=4)
 
 
-def by_nuts(fitted):
+def by_nuts(fitted, num_chains):
     """Many short chains from draws of the prior that are resampled by their likelihood; effective draws, seconds."""
     prior = fitted.prior()
 
@@ -111,29 +126,31 @@ def by_nuts(fitted):
         numpyro.sample("y", dist.Normal(x[0], NOISE), obs=SEEN)
 
     start = time.perf_counter()
-    noise = Predictive(prior, num_samples=20 * CHAINS)(jax.random.key(2), stacked=True)
+    noise = Predictive(prior, num_samples=20 * num_chains)(jax.random.key(2), stacked=True)
     x = jax.vmap(lambda x_0: fitted.loc + fitted.scale * x_0)(noise["x_0"])
     log_w = log_g(np.asarray(x)[:, 0])
-    chosen = jax.random.categorical(jax.random.key(3), jnp.asarray(log_w), shape=(CHAINS,))
+    chosen = jax.random.categorical(jax.random.key(3), jnp.asarray(log_w), shape=(num_chains,))
     initial = {name: noise[name][chosen] for name in ("x_path_base", "x_0_base")}
-    mcmc = MCMC(_nuts(model), num_warmup=2, num_samples=2, num_chains=CHAINS, chain_method="vectorized",
+    mcmc = MCMC(_nuts(model), num_warmup=2, num_samples=2, num_chains=num_chains, chain_method="vectorized",
                 progress_bar=False)  # fmt: skip
     mcmc.run(jax.random.key(4), init_params=initial)
     draws = np.asarray(mcmc.get_samples(group_by_chain=True)["x"])
     seconds = time.perf_counter() - start
     # by how the means of chains vary, as for filters: chains that stay in their mode count once
-    effective = CHAINS * draws.var((0, 1)) / draws.mean(1).var(0, ddof=1)
+    effective = num_chains * draws.var((0, 1)) / draws.mean(1).var(0, ddof=1)
     of_starts = np.exp(2 * special.logsumexp(log_w) - special.logsumexp(2 * log_w))
     return draws, float(1 / (1 / effective.min() + 1 / of_starts)), seconds
 
 
-def seen(name):
+def seen(name, fitted=None, size=Size()):
     """One density: particles, NUTS, and 200 seeds of the evidence."""
-    fitted, density = chain_of(name), DENSITIES[name]
-    truth, exactly = own(fitted), exact(density)
+    fitted, density = fitted or chain_of(name), DENSITIES[name]
+    truth, exactly = own(fitted, size.num_own), exact(density)
     likelihood = posterior.LinearGaussian(np.array([SEEN]), np.array([[1.0, 0.0]]), NOISE)
     start = time.perf_counter()
-    dt = posterior.sample(fitted, likelihood, rng_key=jax.random.key(5), num_filters=16)
+    dt = posterior.sample(
+        fitted, likelihood, rng_key=jax.random.key(5), num_particles=size.num_particles, num_filters=size.num_filters
+    )
     seconds = time.perf_counter() - start
     second = dt["posterior"].dataset["x_0"].to_numpy()[..., 0, 1].ravel()
     row = {
@@ -148,16 +165,22 @@ def seen(name):
         "log evidence, own, se": truth[3],
         "log evidence, exact": exactly[2],
     }
-    many = posterior.LinearGaussian(np.full((200, 1), SEEN), np.array([[1.0, 0.0]]), NOISE)
-    found = posterior.log_evidence(fitted, many, rng_key=jax.random.key(6), num_particles=2000, num_filters=16)
+    many = posterior.LinearGaussian(np.full((size.num_seeds, 1), SEEN), np.array([[1.0, 0.0]]), NOISE)
+    found = posterior.log_evidence(
+        fitted,
+        many,
+        rng_key=jax.random.key(6),
+        num_particles=size.evidence_particles,
+        num_filters=size.num_filters,
+    )
     error = found.values - truth[2]
-    limit = stats.t(15).isf(1e-4 / 400) * np.hypot(found.values_mcse, truth[3])
+    limit = stats.t(size.num_filters - 1).isf(1e-4 / 400) * np.hypot(found.values_mcse, truth[3])
     row |= {
         "200 seeds, largest error": float(np.abs(error).max()),
         "200 seeds, within 0.02": int(np.sum(np.abs(error) <= 0.02)),
         "200 seeds, within stated error": int(np.sum(np.abs(error) <= limit)),
     }
-    draws, effective, seconds = by_nuts(fitted)
+    draws, effective, seconds = by_nuts(fitted, size.num_chains)
     row |= {
         "KS NUTS to own": ks(draws[..., 1].ravel(), truth),
         "NUTS, effective draws": effective,
@@ -236,12 +259,33 @@ def calibration(num_data=200, noise=0.3):
     return {f"{name}, p": float(p) for name, p in p_values.items()}
 
 
-if __name__ == "__main__":
+def small():
+    """A fit of a few steps, to see that it runs."""
+    d = GaussianDiffusion((2,), schedules.LearnedBetas(3), networks.ResidualMLP(8, 1), "full")
+    x = np.asarray(DENSITIES["rings"].sample(jax.random.key(0), 1000))
+    return seen("rings", fit(d, x, rng_key=jax.random.key(1), num_steps=20, progress_bar=False), SMALL)
+
+
+def show(name, cell):
+    print(name)
+    print("\n".join(f"  {what}: {value:.4g}" for what, value in cell.items()), flush=True)
+
+
+def main():
+    options = parser(__doc__)
+    options.add_argument("cells", nargs="*", help="those to compute, else all")
+    args = options.parse_args()
+    if args.small:
+        show("rings, small", small())
+        return
     runs = {name: partial(seen, name) for name in DENSITIES} | {"mixture": mixture, "calibration": calibration}
-    for name in sys.argv[1:] or runs:
+    for name in args.cells or runs:
         cell = runs[name]()
         cells = (json.loads(CELLS.read_text()) if CELLS.exists() else {}) | {name: cell}
         with atomic_write(CELLS) as file:
             file.write_text(json.dumps(cells, indent=1))
-        print(name)
-        print("\n".join(f"  {what}: {value:.4g}" for what, value in cell.items()), flush=True)
+        show(name, cell)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ fitted in the usual way: flowjax's `fit_to_data`, and for zuko Adam on batches o
 shorter fit of the same chain.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -26,14 +27,15 @@ RUNS = {
 }
 
 
-def data(seed):
+def data(seed, num_test=50_000):
     import jax
     import numpy as np
 
     from probdiff import datasets
 
     ring = datasets.eight_gaussians()
-    train, test = (np.asarray(ring.sample(jax.random.key(i), n)) for i, n in ((100 + seed, 10_000), (1, 50_000)))
+    sizes = ((100 + seed, 10_000), (1, num_test))
+    train, test = (np.asarray(ring.sample(jax.random.key(i), n)) for i, n in sizes)
     return train, test, np.asarray(ring.log_prob(test), float)
 
 
@@ -44,7 +46,7 @@ def chain(seed, num_steps):
     from probdiff import networks, schedules
     from probdiff.likelihood import paths
 
-    train, test, exact = data(seed)
+    train, test, exact = data(seed, 50_000 if num_steps > 1000 else 500)
     d = probdiff.GaussianDiffusion((2,), schedules.LearnedBetas(100), networks.ResidualMLP(64, 3), "full")
     fit = probdiff.fit(d, train, rng_key=jax.random.key(seed), num_steps=num_steps, batch_size=1024, progress_bar=False)
     seconds = time.perf_counter() - START
@@ -102,26 +104,33 @@ def zuko(seed, _):
 
 
 def main():
-    if len(sys.argv) > 1:
-        method, seed, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-        seconds, gap = {"probdiff": chain, "flowjax": flowjax, "zuko": zuko}[method](seed, steps)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--small", action="store_true", help="less than a minute, to see that it runs; saves nothing")
+    options.add_argument("--row", nargs=3, metavar=("METHOD", "SEED", "STEPS"), help="one fit, in this process")
+    args = options.parse_args()
+    if args.row:
+        method, seed, steps = args.row
+        fits = {"probdiff": chain, "flowjax": flowjax, "zuko": zuko}
+        seconds, gap = fits[method](int(seed), int(steps))
         print(json.dumps([seconds, float(gap.mean()), float(gap.std() / len(gap) ** 0.5)]))
         return
     import numpy as np
 
-    from tests.benchmarks.timing import report, spread
+    from tests.benchmarks.timing import missing, report, spread
 
-    rows = []
-    for name, (method, steps) in RUNS.items():
+    absent, rows = missing("flowjax", "zuko"), []
+    for name, (method, steps) in {"probdiff, 50 steps": ("probdiff", 50)}.items() if args.small else RUNS.items():
+        if method in absent:
+            continue
         found = []
-        for seed in range(5):
-            command = [sys.executable, "-m", "tests.benchmarks.quality", method, str(seed), str(steps)]
+        for seed in range(1 if args.small else 5):
+            command = [sys.executable, "-m", "tests.benchmarks.quality", "--row", method, str(seed), str(steps)]
             found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         seconds, gap, error = np.array(found).T
         rows.append({"method": name, "seconds": spread(seconds), "test NLL, nats": spread(ENTROPY + gap, 5),
                      "± of each": f"{error.max():.4f}"})  # fmt: skip
         print(rows[-1], flush=True)
-    report(__file__, rows)
+    report(__file__, rows, save=not args.small and not absent)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ drawn from q (N17), and L the exact log density of the same data, so the gap's e
 A cell's figures go to `schedules.json` beside this file, written whole or not at all.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ import probdiff
 from probdiff import datasets, networks, schedules
 from probdiff.files import atomic_write
 from probdiff.likelihood import paths
+from tests.benchmarks.timing import parser
 
 RESULTS = Path(__file__).with_suffix(".json")
 DATA = {"swiss-roll": datasets.SwissRoll(0.5), "8-gaussians": datasets.eight_gaussians()}
@@ -74,18 +74,17 @@ def bound(fit, c, x, rng_key, num_draws):
 
 
 def fit_one(data, schedule, covariance, rate, num_steps, num_chains, x):
-    d = probdiff.GaussianDiffusion((2,), schedule, networks.ResidualMLP(128, 3), covariance)
+    network = networks.ResidualMLP(128, 3) if num_steps > 100 else networks.ResidualMLP(8, 1)
+    d = probdiff.GaussianDiffusion((2,), schedule, network, covariance)
     return probdiff.fit(
         d, x, rng_key=jax.random.key(1), num_steps=num_steps, num_chains=num_chains, learning_rate=rate,
         progress_bar=False, check_every=1000, times="even",
     )  # fmt: skip
 
 
-def samples(density):
+def samples(density, sizes=(100_000, 10_000, 10_000)):
     """Training, validation and test data."""
-    return [
-        np.asarray(density.sample(jax.random.key(i), n), np.float64) for i, n in enumerate((100_000, 10_000, 10_000))
-    ]
+    return [np.asarray(density.sample(jax.random.key(i), n), np.float64) for i, n in enumerate(sizes)]
 
 
 def trial(cell, make, rate, train, validation, num_steps=3000):
@@ -106,16 +105,16 @@ def scan():
         print(f"{setting:15} gap {gap.mean():.4f} ± {error:.4f} after a trial", flush=True)
 
 
-def run(cell, quick=False):
+def run(cell, small=False):
     data, T, covariance, name = cell
     density, start = DATA[data], time.perf_counter()
-    train, validation, test = samples(density)
+    train, validation, test = samples(density, *[(1000, 100, 100)] * small)
     found = []
-    for (setting, make), rate in trials(name):
-        k = trial(cell, make, rate, train, validation, num_steps=100 if quick else 3000)
+    for (setting, make), rate in trials(name)[: 1 if small else None]:
+        k = trial(cell, make, rate, train, validation, num_steps=20 if small else 3000)
         found.append((k.mean(), setting, make, rate))
     _, setting, make, rate = max(found, key=lambda trial: trial[0])
-    fit = fit_one(data, make(T), covariance, rate, 200 if quick else 20_000, 3, train)
+    fit = fit_one(data, make(T), covariance, rate, 20 if small else 20_000, 3, train)
     exact = np.asarray(density.log_prob(test), np.float64)
     per_datum = np.stack([exact - bound(fit, c, test, jax.random.key(3), 8) for c in range(3)])
     gaps = per_datum.mean(1)
@@ -129,7 +128,7 @@ def run(cell, quick=False):
         "beta": np.asarray(fit.beta, np.float64).tolist(),
         "seconds": time.perf_counter() - start,
     }
-    if name == "LearnedSNR" and covariance == "full" and data == "swiss-roll":
+    if name == "LearnedSNR" and covariance == "full" and data == "swiss-roll" and not small:
         result["at other T"] = {str(other): elsewhere(fit, make(other), test, exact) for other in (5, 10, 20, 40, 80)}
     return {key: value.item() if isinstance(value, np.generic) else value for key, value in result.items()}
 
@@ -178,18 +177,17 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the table of the cells that are done")
-    parser.add_argument("--scan", action="store_true", help="try settings of the fixed schedules; saves nothing")
-    parser.add_argument("--only", help="cells whose name contains this, such as '10 full'")
-    parser.add_argument("--quick", action="store_true", help="a few steps of one cell; saves nothing")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--table", action="store_true", help="print the table of the cells that are done")
+    arguments.add_argument("--scan", action="store_true", help="try settings of the fixed schedules; saves nothing")
+    arguments.add_argument("--only", help="cells whose name contains this, such as '10 full'")
+    options = arguments.parse_args()
     if options.scan:
         scan()
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if options.quick:
-        print(json.dumps(run(("swiss-roll", 5, "full", "LearnedSNR"), quick=True), indent=1))
+    if options.small:
+        print(json.dumps(run(("swiss-roll", 5, "full", "LearnedBetas"), small=True), indent=1))
         return
     for cell in CELLS:
         if options.table or key_of(cell) in results or (options.only and options.only not in key_of(cell)):

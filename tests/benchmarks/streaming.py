@@ -6,7 +6,6 @@ The file holds 64 features, D/2 swiss rolls side by side, the rows of 64 MiB wri
 timed on as many rows in memory as a buffer holds, each in a process of its own.
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -20,19 +19,19 @@ import numpy as np
 
 import probdiff
 from probdiff import datasets, networks, schedules, streams
-from tests.benchmarks.timing import report
+from tests.benchmarks.timing import parser, report
 
 D = 64
 
 
-def write(path, gib):
+def write(path, blocks):
     rows = 2**26 // (4 * D)
     roll = np.asarray(datasets.SwissRoll().sample(jax.random.key(0), rows), np.float32)
     block = np.concatenate([np.roll(roll, i, axis=0) for i in range(D // 2)], axis=1)
-    header = {"descr": "<f4", "fortran_order": False, "shape": (16 * gib * rows, D)}
+    header = {"descr": "<f4", "fortran_order": False, "shape": (blocks * rows, D)}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for _ in range(16 * gib):
+        for _ in range(blocks):
             block.tofile(file)
 
 
@@ -42,7 +41,7 @@ def anonymous():
     return int(line.split()[1]) / 2**10
 
 
-def measure(path, streamed):
+def measure(path, streamed, num_steps):
     """One fit, in this process: its row of the table."""
     x = streams.stream(path) if streamed else np.array(np.load(path, mmap_mode="r")[:256_000])
     d = probdiff.GaussianDiffusion((D,), schedules.LearnedBetas(40), networks.ResidualMLP())
@@ -57,10 +56,10 @@ def measure(path, streamed):
 
     streams.Stream.moments = timed
     before, start = anonymous(), time.perf_counter()
-    fit = probdiff.fit(d, x, rng_key=jax.random.key(0), num_steps=5000, progress_bar=False)
+    fit = probdiff.fit(d, x, rng_key=jax.random.key(0), num_steps=num_steps, progress_bar=False)
     return {
         "pass for the moments, s": round(of_moments, 1),
-        "5000 steps, s": round(time.perf_counter() - start - of_moments, 1),
+        f"{num_steps} steps, s": round(time.perf_counter() - start - of_moments, 1),
         "grown by, MiB": round(anonymous() - before),
         "most resident, MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10),
         "loss, nats": round(float(fit.losses[-500:].mean()), 2),
@@ -68,23 +67,25 @@ def measure(path, streamed):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--gib", type=int, default=20)
-    parser.add_argument("--measure", nargs=2, metavar=("PATH", "STREAMED"))
-    options = parser.parse_args()
-    if options.measure:
-        path, streamed = options.measure
-        print(json.dumps(measure(path, streamed == "yes")))
+    options = parser(__doc__)
+    options.add_argument("--gib", type=int, default=20)
+    options.add_argument("--row", nargs=2, metavar=("PATH", "STREAMED"), help="one fit, in this process")
+    args = options.parse_args()
+    if args.row:
+        path, streamed = args.row
+        print(json.dumps(measure(path, streamed == "yes", 50 if args.small else 5000)))
         return
+    size = "64 MiB" if args.small else f"{args.gib} GiB"
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "large.npy"
-        write(path, options.gib)
-        for name, streamed in ((f"stream of {options.gib} GiB", "yes"), ("256,000 rows in memory", "no")):
-            command = [sys.executable, "-m", "tests.benchmarks.streaming", "--measure", str(path), streamed]
+        write(path, 1 if args.small else 16 * args.gib)
+        for name, streamed in ((f"stream of {size}", "yes"), ("256,000 rows in memory", "no")):
+            command = [sys.executable, "-m", "tests.benchmarks.streaming", "--row", str(path), streamed]
+            command += ["--small"] * args.small
             found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             rows.append({"data": name, **json.loads(found.splitlines()[-1])})
-    report(__file__, rows)
+    report(__file__, rows, save=not args.small)
 
 
 if __name__ == "__main__":

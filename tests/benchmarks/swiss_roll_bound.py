@@ -6,10 +6,8 @@ f_Σ* = β_t·ρ_t·I + c_t²·C(x_t), c_t the coefficient of x_0 in the mean of
 K*(β) = −log 2π − 1 − Σ_t ½ E log det(f_Σ* / β_t), for data of unit variance. K* is
 maximised over β from several starts.
 
-    python tests/benchmarks/swiss_roll_bound.py --num-timesteps 10
+    python -m tests.benchmarks.swiss_roll_bound --num-timesteps 10
 """
-
-import argparse
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ import numpy as np
 import optax
 
 from probdiff import datasets, schedules
+from tests.benchmarks.timing import parser
 
 NODES = 360  # along the curve, about half a noise standard deviation apart; Gauss–Legendre in panels of 6
 
@@ -60,13 +59,16 @@ def best_bound(roll, logit_beta, rng_key, num_draws):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-timesteps", type=int, default=10)
-    parser.add_argument("--noise", type=float, default=0.5)
-    parser.add_argument("--num-updates", type=int, default=400)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--num-timesteps", type=int, default=10)
+    arguments.add_argument("--noise", type=float, default=0.5)
+    arguments.add_argument("--num-updates", type=int, default=400)
+    options = arguments.parse_args()
+    num_exact, num_draws = 400_000, 20_000
+    if options.small:
+        num_exact, num_draws, options.num_timesteps, options.num_updates = 1000, 50, 2, 2
     roll, T = datasets.SwissRoll(options.noise), options.num_timesteps
-    samples = [roll.log_prob(roll.sample(jax.random.key(i), 400_000)).mean() for i in range(4)]
+    samples = [roll.log_prob(roll.sample(jax.random.key(i), num_exact)).mean() for i in range(4)]
     exact = np.mean(samples)
     print(f"T = {T}; exact L = {exact:.5f} ± {np.std(samples, ddof=1) / 2:.5f} nats")
     starts = {
@@ -86,7 +88,7 @@ def main():
         change, state = optimizer.update(gradient, state)
         return optax.apply_updates(logit, change), state
 
-    evaluate = jax.jit(lambda logit, rng_key: best_bound(roll, logit, rng_key, 20_000))
+    evaluate = jax.jit(lambda logit, rng_key: best_bound(roll, logit, rng_key, num_draws))
 
     def gap(logit, repeats):
         values = np.array([evaluate(logit, jax.random.key(1000 + i)) for i in range(repeats)], np.float64)

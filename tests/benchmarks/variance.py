@@ -22,9 +22,9 @@ from numpyro.distributions.kl import kl_divergence
 import probdiff
 from probdiff import datasets, networks, schedules
 from probdiff.fitting import times
-from tests.benchmarks.timing import report
+from tests.benchmarks.timing import parser, report
 
-BATCH, DRAWS = 512, 400
+BATCH = 512
 
 
 def unconstrained(d, params):
@@ -37,7 +37,7 @@ def unconstrained(d, params):
 
 
 def loss_at(d, params, x_0, t, key):
-    """T times the term of the negative ELBO at t, for each datum, and the prior's term."""
+    """T times the term of the negative ELBO at t, for each datum, and the term of p(x_T)."""
 
     def program():
         q, T = d.family, d.num_timesteps
@@ -46,7 +46,7 @@ def loss_at(d, params, x_0, t, key):
         p = kernel(x_t, t)
         kl = kl_divergence(q.posterior(x_t, x_0, noise, jnp.maximum(t, 2)), p)
         terms = jnp.where(t == 1, -p.log_prob(x_0), kl)
-        return T * terms, kl_divergence(q.marginal(x_0, noise, T), q.prior(x_0.shape[:1]))
+        return T * terms, kl_divergence(q.marginal(x_0, noise, T), q.terminal(x_0.shape[:1]))
 
     return handlers.substitute(program, data=params)()
 
@@ -64,7 +64,9 @@ def ways(T):
 
         return draw
 
-    independent = lambda key, p: 1 + jax.random.randint(key, (BATCH,), 0, T)  # noqa: E731
+    def independent(key, p):
+        return 1 + jax.random.randint(key, (BATCH,), 0, T)
+
     times = {"independent": (independent, 1), "even": (even, 1), "weighted": (even, 1), "by gradient": (even, 1)}
     times["4 a datum"] = (several(4), 4)
     if T <= BATCH:
@@ -73,7 +75,7 @@ def ways(T):
     return times
 
 
-def measure(d, x, params, key):
+def measure(d, x, params, key, num_draws, chosen):
     T = d.num_timesteps
     (network, logits), back = unconstrained(d, params)
 
@@ -82,13 +84,17 @@ def measure(d, x, params, key):
         return jnp.mean(w * terms + prior)
 
     gradient = jax.grad(objective, argnums=(0, 1))
-    uniform, n = np.full(T, 1 / T), max(64, 10_000 // T)
+    uniform, n = np.full(T, 1 / T), max(64, 25 * num_draws // T)
 
     @jax.jit
     def square(t, key):
         x_0, keys = x[jax.random.randint(key, (n,), 0, len(x))], jax.random.split(key, n)
-        one = lambda x_0, key: gradient(network, logits, x_0[None], t[None], 1.0, key)[0]  # noqa: E731
-        return jnp.mean(jax.lax.map(lambda args: jnp.sum(one(*args) ** 2), (x_0, keys)))
+
+        def one(args):
+            x_0, key = args
+            return jnp.sum(gradient(network, logits, x_0[None], t[None], 1.0, key)[0] ** 2)
+
+        return jnp.mean(jax.lax.map(one, (x_0, keys)))
 
     by_gradient = np.sqrt([square(t, jax.random.fold_in(key, int(t))) for t in jnp.arange(1, T + 1)])
     probabilities = {
@@ -96,7 +102,7 @@ def measure(d, x, params, key):
         "by gradient": 0.9 * by_gradient / by_gradient.sum() + 0.1 * uniform,
     }
     rows = {}
-    for name, (draw, k) in ways(T).items():
+    for name, (draw, k) in chosen.items():
         p = jnp.asarray(probabilities.get(name, uniform), jnp.float32)
 
         @jax.jit
@@ -106,7 +112,7 @@ def measure(d, x, params, key):
             t = draw(key_t, p)
             return gradient(network, logits, x_0, t, 1 / (T * p[t - 1]), key_x)
 
-        draws = [one(key) for key in jax.random.split(key, DRAWS)]
+        draws = [one(key) for key in jax.random.split(key, num_draws)]
         rows[name] = [np.stack([np.asarray(g[i], np.float64) for g in draws]) for i in range(2)]
     return rows
 
@@ -116,30 +122,38 @@ def deviations(g):
 
 
 def main():
-    rows = []
+    small = parser(__doc__).parse_args().small
+    rows, num_draws = [], 10 if small else 400
     digits = datasets.load("digits", rng_key=jax.random.key(0)).train
     roll = np.asarray(datasets.SwissRoll(0.5).sample(jax.random.key(0), 50_000))
     cases = [("swiss-roll", roll, 40, "full"), ("swiss-roll", roll, 1000, "full"), ("digits", digits, 40, "diagonal")]
+    network = networks.ResidualMLP()
+    if small:
+        network = networks.ResidualMLP(8, 1)
+        cases = [("swiss-roll", roll[:2000], 5, "diagonal")]
     rng = np.random.default_rng(0)
     for name, x, T, covariance in cases:
-        d = probdiff.GaussianDiffusion(x.shape[1:], schedules.LearnedBetas(T), networks.ResidualMLP(), covariance)
-        for steps in (300, 5000):
+        d = probdiff.GaussianDiffusion(x.shape[1:], schedules.LearnedBetas(T), network, covariance)
+        chosen = ways(T)
+        if small:
+            chosen = {way: chosen[way] for way in ("independent", "weighted")}
+        for steps in (50,) if small else (300, 5000):
             fit = probdiff.fit(
                 d, x, rng_key=jax.random.key(1), num_steps=steps, validation=0.0, dropout=False, progress_bar=False
             )
-            found = measure(d, jnp.asarray(fit.standardise(x)), fit.params, jax.random.key(2))
+            found = measure(d, jnp.asarray(fit.standardise(x)), fit.params, jax.random.key(2), num_draws, chosen)
             base = [deviations(g) for g in found["independent"]]
             for way, gradients in found.items():
                 row = {"data": name, "T": T, "after steps": steps, "times": way}
                 for part, g, first in zip(("network", "schedule"), gradients, base, strict=True):
                     mine = deviations(g)
-                    resampled = rng.integers(0, DRAWS, (500, DRAWS))
+                    resampled = rng.integers(0, num_draws, (500, num_draws))
                     ratios = mine[resampled].mean(1) / first[resampled].mean(1)
                     low, high = np.quantile(ratios, [0.05, 0.95])
                     row[part] = f"{mine.mean() / first.mean():.2f} ({low:.2f}–{high:.2f})"
                 rows.append(row)
             print(f"{name}, T = {T}, after {steps} steps", flush=True)
-    report(__file__, rows)
+    report(__file__, rows, save=not small)
 
 
 if __name__ == "__main__":
