@@ -74,11 +74,11 @@ class NoiseLevels(eqx.Module):
         """
         index = jnp.asarray(t)
         beta, rho = self.beta[index - 1], self.noise_kept(t)
-        of_x_0 = jnp.exp(0.5 * self.log_alpha_bar[index - 1]) * beta / -jnp.expm1(self.log_alpha_bar[index])
+        coefficient_of_x_0 = jnp.exp(0.5 * self.log_alpha_bar[index - 1]) * beta / -jnp.expm1(self.log_alpha_bar[index])
         # √0 has no gradient, and at t = 1 none is wanted
         variance = beta * rho
         std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
-        return of_x_0, jnp.exp(0.5 * self.log_alpha[index - 1]) * rho, std
+        return coefficient_of_x_0, jnp.exp(0.5 * self.log_alpha[index - 1]) * rho, std
 
 
 @jax.jit
@@ -246,12 +246,12 @@ class LearnedSNR:
         span = numpyro.param("log_snr_span", jnp.asarray(10.0), constraint=constraints.positive)
         uniform = jnp.full(self.num_knots, 1 / self.num_knots)
         shares = numpyro.param("log_snr_shares", uniform, constraint=constraints.simplex)
-        # the share of each piece that lies in each step is known exactly, so that a step's fall
-        # in log-SNR is never a difference of two nearly equal numbers
+        # the share of each piece that lies in each step is known exactly, so that the drop
+        # of the log-SNR in a step is never a difference of two nearly equal numbers
         grid = np.arange(self.num_timesteps + 1)[:, None] / self.num_timesteps * self.num_knots
         covered = np.clip(grid - np.arange(self.num_knots), 0.0, 1.0)
-        fall = span * (jnp.asarray(np.diff(covered, axis=0)) @ shares)
+        drop = span * (jnp.asarray(np.diff(covered, axis=0)) @ shares)
         log_snr = start - span * (jnp.asarray(covered[1:]) @ shares)
-        beta = jax.nn.sigmoid(-log_snr) * jnp.where(jnp.arange(self.num_timesteps) == 0, 1.0, -jnp.expm1(-fall))
+        beta = jax.nn.sigmoid(-log_snr) * jnp.where(jnp.arange(self.num_timesteps) == 0, 1.0, -jnp.expm1(-drop))
         log_alpha_bar = jnp.concatenate([jnp.zeros(1), jax.nn.log_sigmoid(log_snr)])
         return NoiseLevels(beta, jnp.log1p(-beta), log_alpha_bar)

@@ -1,5 +1,7 @@
 """p(x_0) of a chain without Monte Carlo: closed form for linear-Gaussian chains, quadrature, enumeration of bits."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from numpyro import handlers
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.likelihood.result import LogLikelihood
 from probdiff.reference.linear_gaussian import LinearChain, normal_log_prob
-from probdiff.reference.quadrature import MOST_BITS, NODES_PER_STD, states
+from probdiff.reference.quadrature import MOST_BITS, coarser_parts, line, log_marginal_below, num_nodes, states
 from probdiff.sampling import reverse_draws
 from probdiff.types import Data, Params
 
@@ -17,6 +19,7 @@ _PROBES = 8
 _LINEAR = 1e-9  # relative departure from a straight line that is rounding
 _ACCURACY = 1e-5  # nats
 _MOST_NODES = 5001
+_ROWS = 2048  # of data at once
 
 
 def exact(d: Diffusion, params: Params, x_0: Data) -> LogLikelihood:
@@ -30,7 +33,7 @@ def exact(d: Diffusion, params: Params, x_0: Data) -> LogLikelihood:
         if isinstance(d, BinomialDiffusion):
             return _without_error(_enumeration(d, params, np.asarray(x_0)))
         if not isinstance(d, GaussianDiffusion):
-            raise TypeError(f'method "exact" is for Gaussian and binomial diffusions, not {d}')
+            raise TypeError(f'method "exact" is for Gaussian and binomial diffusions, not {type(d).__name__}')
         x_0 = np.asarray(x_0, np.float64)
         values = _linear(d, params, x_0.reshape(len(x_0), -1))
         if values is None:
@@ -75,64 +78,69 @@ def _linear(d: GaussianDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray
 
 
 def _enumeration(d: BinomialDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray:
-    """Σ over every x_t in turn, from x_T down."""
-    size, T = x_0[0].size, d.num_timesteps
+    """Σ over all states of every x_t in turn, from x_T down."""
+    size = x_0[0].size
     if size > MOST_BITS:
         raise ValueError(
             f'method "exact" sums over all states of at most {MOST_BITS} bits, not {size}: use "iwae" or "smc"'
         )
-    x = jnp.asarray(states(size).reshape(-1, *d.event_shape), jnp.uint8)
-    _, kernel = handlers.substitute(d.kernels, data=params)()
-
-    @jax.jit
-    def log_p(x_0: Array) -> Array:
-        def carried(log_p_t: Array, t: Array, to: Array) -> Array:
-            """log Σ p(to given x_t)·p(x_t)."""
-            p = kernel(x, t)
-            return jax.lax.map(lambda x_prev: jax.nn.logsumexp(p.log_prob(x_prev) + log_p_t), to, batch_size=64)
-
-        times = jnp.arange(T, 1, -1)
-        start = d.family.terminal(x.shape[:1]).log_prob(x)
-        log_p_1, _ = jax.lax.scan(lambda log_p_t, t: (carried(log_p_t, t, x), None), start, times)
-        return carried(log_p_1, jnp.asarray(1), x_0)
-
-    return np.asarray(log_p(jnp.asarray(x_0)))
+    y = jnp.asarray(states(size).reshape(-1, *d.event_shape), jnp.uint8)
+    return _log_p(d, params, y, x_0, [(slice(None), 0.0)])[0]
 
 
 def _quadrature(d: GaussianDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray:
-    """On a grid as wide and as fine as draws from p ask for, checked against one of every other node."""
+    """On a grid as wide and as fine as draws from p ask for, checked against coarser parts of it."""
     draws = reverse_draws(d, params, jax.random.key(0), 1024, range(d.num_timesteps + 1))
-    _, kernel = handlers.substitute(d.kernels, data=params)()
-    stds = jax.lax.map(
-        lambda args: jnp.sqrt(kernel(*args).variance.min()),
-        (jnp.moveaxis(jnp.asarray(draws[:, 1:]), 1, 0), jnp.arange(1, d.num_timesteps + 1)),
-    )
-    reach, narrowest = 1 + 1.6 * max(np.abs(draws).max(), np.abs(x_0).max()), float(stds.min())
-    nodes = 1 + 200 * int(np.ceil(NODES_PER_STD * reach / narrowest / 100))  # few sizes, so few compilations
+    reach = 1 + 1.6 * max(np.abs(draws).max(), np.abs(x_0).max())
+    narrowest = float(_narrowest(d, params, jnp.moveaxis(jnp.asarray(draws[:, 1:]), 1, 0)))
+    nodes = num_nodes(reach, narrowest)
     if nodes > _MOST_NODES:
         raise ValueError(
             f'method "exact" would need a grid of {nodes:,} nodes, since a reverse kernel has standard deviation '
             f'{narrowest:.2g}; {_MOST_NODES:,} is the most: use "iwae" or "smc"'
         )
-
-    @jax.jit
-    def log_p(y: Array) -> Array:
-        x, log_h = y.reshape(-1, *d.event_shape), jnp.log(y[1] - y[0])
-
-        def carried(log_p_t: Array, t: Array, to: Array) -> Array:
-            """log ∫ p(to given x_t)·p(x_t) dx_t."""
-            p = kernel(x, t)
-            one = lambda x_prev: jax.nn.logsumexp(p.log_prob(x_prev) + log_p_t) + log_h  # noqa: E731
-            return jax.lax.map(one, to, batch_size=64)
-
-        log_p_T = d.family.terminal(y.shape).log_prob(x)
-        times = jnp.arange(d.num_timesteps, 1, -1)
-        log_p_1, _ = jax.lax.scan(lambda log_p_t, t: (carried(log_p_t, t, x), None), log_p_T, times)
-        return carried(log_p_1, jnp.asarray(1), jnp.asarray(x_0))
-
-    y = jnp.linspace(-reach, reach, nodes)
-    values = np.asarray(log_p(y))
-    error = max(np.abs(log_p(some) - values).max() for some in (y[::2], y[nodes // 20 : -(nodes // 20)]))
+    y = line(reach, narrowest)
+    parts = [(part, float(np.log(np.diff(y[part])[0]))) for part in (slice(None), *coarser_parts(nodes))]
+    values, *coarser = _log_p(d, params, jnp.asarray(y.reshape(-1, *d.event_shape)), x_0, parts)
+    error = max(np.abs(other - values).max() for other in coarser)
     if not error < _ACCURACY:
         raise ValueError(f"the quadrature of p(x_0) is right to {error:.1g} nats only; {_ACCURACY:g} is wanted")
     return values
+
+
+def _log_p(
+    d: Diffusion, params: Params, y: Array, x_0: np.ndarray, parts: list[tuple[slice, float]]
+) -> list[np.ndarray]:
+    """log p(x_0), (N,), on each part of the nodes or states y, whose spacing has the logarithm that stands beside it.
+
+    The parts go side by side, so that each kernel is worked out once and one alone is in memory.
+    """
+    log_p = [np.asarray(d.family.terminal(y.shape[:1]).log_prob(y))[part] for part, _ in parts]
+    for t in range(d.num_timesteps, 1, -1):
+        log_kernel = np.asarray(_log_kernel(d, params, y, y, jnp.asarray(t)))
+        log_p = [
+            log_marginal_below(log_kernel[part, part], one, log_h)
+            for one, (part, log_h) in zip(log_p, parts, strict=True)
+        ]
+    values: list[list[np.ndarray]] = [[] for _ in parts]
+    for i in range(0, len(x_0), _ROWS):
+        log_kernel = np.asarray(_log_kernel(d, params, y, jnp.asarray(x_0[i : i + _ROWS]), jnp.asarray(1)))
+        for found, one, (part, log_h) in zip(values, log_p, parts, strict=True):
+            found.append(log_marginal_below(log_kernel[:, part], one, log_h))
+    return [np.concatenate(found) for found in values]
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_kernel(d: Diffusion, params: Params, x_t: Array, x_prev: Array, t: Array) -> Array:
+    """log p(x_{t−1} given x_t), each x_{t−1} a row and each x_t a column."""
+    _, kernel = handlers.substitute(d.kernels, data=params)()
+    p = kernel(x_t, t)
+    return jax.lax.map(p.log_prob, x_prev, batch_size=64)
+
+
+@partial(jax.jit, static_argnums=0)
+def _narrowest(d: Diffusion, params: Params, draws: Array) -> Array:
+    """The least standard deviation of the kernels at draws of x_1…x_T, (T, S, *event_shape)."""
+    _, kernel = handlers.substitute(d.kernels, data=params)()
+    times = jnp.arange(1, d.num_timesteps + 1)
+    return jax.lax.map(lambda args: jnp.sqrt(kernel(*args).variance.min()), (draws, times)).min()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import arviz  # noqa: F401  # gives xarray its azstats
 import jax
@@ -28,15 +29,19 @@ def _log_weights(d: Diffusion, params: Params, x_0: Data, rng_keys: Key) -> Floa
         model = handlers.seed(partial(d.reverse, stacked=True), key_p)
         guide = handlers.seed(partial(d.forward_posterior, stacked=True), key_q)
         log_p, log_q = get_importance_log_probs(model, guide, (x_0,), {}, params)
-        path = lambda log_probs: sum(v if v.ndim == 1 else v.sum(0) for v in log_probs.values())  # noqa: E731
-        return path(log_p) - path(log_q)
+        return _sum_over_sites(log_p) - _sum_over_sites(log_q)
 
     # few rows alone would be all overhead
     return jax.lax.map(one, rng_keys, batch_size=max(1, _ROWS // len(x_0)))
 
 
+def _sum_over_sites(log_probs: dict[str, Array]) -> Any:
+    """The log density of whole paths, (N,), from those of their sites, some of which have an axis of time."""
+    return sum(log_prob if log_prob.ndim == 1 else log_prob.sum(0) for log_prob in log_probs.values())
+
+
 @partial(jax.jit, static_argnums=0)
-def _log_weight_of(d: Diffusion, params: Params, paths: Float[Array, "N T+1 *event"]) -> Float[Array, " N"]:
+def _log_weights_of_paths(d: Diffusion, params: Params, paths: Float[Array, "N T+1 *event"]) -> Float[Array, " N"]:
     """log p(x_0…x_T) − log q(x_1…x_T given x_0) of given paths, as N13 and N5 have it."""
     noise, kernel = handlers.substitute(d.kernels, data=params)()
     x = jnp.moveaxis(paths, 1, 0)
@@ -49,10 +54,14 @@ def _log_weight_of(d: Diffusion, params: Params, paths: Float[Array, "N T+1 *eve
     return d.family.terminal(x.shape[1:2]).log_prob(x[-1]) + terms.sum(0)
 
 
-def weights_in_blocks(
+def log_weight_blocks(
     d: Diffusion, params: Params, x_0: Data, rng_key: Key, num_draws: int
 ) -> Iterator[Float[np.ndarray, "S n"]]:
-    draw = lambda x, key: np.asarray(_log_weights(d, params, x, jax.random.split(key, num_draws)))  # noqa: E731
+    """The log weights of `num_draws` paths from q for each datum, N14, one block of rows after the other."""
+
+    def draw(x_0: Data, rng_key: Key) -> np.ndarray:
+        return np.asarray(_log_weights(d, params, x_0, jax.random.split(rng_key, num_draws)))
+
     for n, log_w in in_blocks(x_0, rng_key, draw, block_size(len(x_0), _ROWS)):
         yield log_w[:, :n].astype(np.float64)
 
@@ -61,7 +70,7 @@ def log_importance_weights(
     d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
 ) -> Float[np.ndarray, "S N"]:
     """log w = log p(x_0…x_T) − log q(x_1…x_T given x_0) for `num_draws` paths per datum, N14; shape (S, N), nats."""
-    return np.concatenate(list(weights_in_blocks(d, params, x_0, rng_key, num_draws)), axis=1)
+    return np.concatenate(list(log_weight_blocks(d, params, x_0, rng_key, num_draws)), axis=1)
 
 
 def iwae(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles: int) -> LogLikelihood:
@@ -71,7 +80,7 @@ def iwae(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles
     x_0 (N, *event_shape) in the chain's own units; nats.
     """
     blocks = [
-        (*log_mean(log_w), k_of_draws(log_w)) for log_w in weights_in_blocks(d, params, x_0, rng_key, num_particles)
+        (*log_mean(log_w), k_of_draws(log_w)) for log_w in log_weight_blocks(d, params, x_0, rng_key, num_particles)
     ]
     values, mcse, k = (np.concatenate(part) for part in zip(*blocks, strict=True))
     return LogLikelihood(values, mcse, "lower bound", k)
@@ -95,8 +104,8 @@ def upper(
     """
     blocks, S = [], num_particles
     rows = block_size(len(paths), _ROWS)
-    of_p = in_blocks(paths, rng_key, lambda x, _: np.asarray(_log_weight_of(d, params, x)), rows)
-    of_q = weights_in_blocks(d, params, paths[:, 0], rng_key, S - 1)
+    of_p = in_blocks(paths, rng_key, lambda x, _: np.asarray(_log_weights_of_paths(d, params, x)), rows)
+    of_q = log_weight_blocks(d, params, paths[:, 0], rng_key, S - 1)
     for (n, first), others in zip(of_p, of_q, strict=True):
         log_w = np.concatenate([first[None, :n], others])
         values = logsumexp(log_w, axis=0) - np.log(S)

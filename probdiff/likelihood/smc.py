@@ -14,7 +14,7 @@ from scipy.special import logsumexp
 
 from probdiff.blocks import block_size, in_blocks
 from probdiff.chains import Diffusion
-from probdiff.likelihood.paths import weights_in_blocks
+from probdiff.likelihood.paths import log_weight_blocks
 from probdiff.likelihood.result import LogLikelihood, log_mean
 from probdiff.likelihood.twists import FULL, Twist, fit_twists, tilted
 from probdiff.types import Data, Event, Key, Params, Time
@@ -44,11 +44,13 @@ def smc(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles:
     rows = block_size(len(x_0), max(1, min(_ROWS, 2**21 // (R * S * size * (size if square else 1)))))
 
     def twisted(x: Data, rng_key: Key) -> Float[np.ndarray, "R n"]:
-        run = lambda x, key: np.asarray(_filters(d, params, x, jax.random.split(key, rows), S, R), np.float64)  # noqa: E731
+        def run(x: Data, rng_key: Key) -> np.ndarray:
+            return np.asarray(_filters(d, params, x, jax.random.split(rng_key, rows), S, R), np.float64)
+
         return np.concatenate([log_p[:n] for n, log_p in in_blocks(x, rng_key, run, rows)]).T
 
     def whole(x: Data, rng_key: Key) -> Float[np.ndarray, "R n"]:
-        draws = (log_w.reshape(R, S, -1) for log_w in weights_in_blocks(d, params, x, rng_key, R * S))
+        draws = (log_w.reshape(R, S, -1) for log_w in log_weight_blocks(d, params, x, rng_key, R * S))
         return np.concatenate([logsumexp(log_w, axis=1) - np.log(S) for log_w in draws], axis=1)
 
     keys = jax.random.split(rng_key, (2, 2))
@@ -71,8 +73,8 @@ def _filters(
     def one_datum(x_0: Event, rng_key: Key) -> Float[Array, " R"]:
         key_twists, key_filters = jax.random.split(rng_key)
         twists = fit_twists(d, noise, kernel, x_0, key_twists)
-        one = lambda key: _filter(d, kernel, twists, x_0, key, num_particles)  # noqa: E731
-        return jax.vmap(one)(jax.random.split(key_filters, num_draws))
+        run = partial(_filter, d, kernel, twists, x_0, num_particles=num_particles)
+        return jax.vmap(lambda key: run(rng_key=key))(jax.random.split(key_filters, num_draws))
 
     return jax.vmap(one_datum)(jnp.asarray(x_0), rng_keys)
 
@@ -84,7 +86,9 @@ def _filter(
     from blackjax.smc.resampling import systematic  # slow to import, and only this wants it
 
     T, S = d.num_timesteps, num_particles
-    twist_at = lambda t: jax.tree.map(lambda leaf: leaf[t - 1], twists)  # noqa: E731
+
+    def twist_at(t: Time) -> Twist:
+        return jax.tree.map(lambda leaf: leaf[t - 1], twists)
 
     def step(carry: tuple[Array, Array, Array], args: tuple[Array, Key]) -> tuple[tuple[Array, Array, Array], None]:
         x_t, log_w, log_p = carry

@@ -79,11 +79,11 @@ class BestNetwork(eqx.Module):
         self.components = _components(mixture)
 
     def __call__(self, x_t: Float[Array, "1"], log_snr: Float[Array, ""]) -> Float[Array, "2"]:
-        alpha_bar, less = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
+        alpha_bar, noise_variance = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
         components = jax.tree.map(partial(jnp.asarray, dtype=x_t.dtype), self.components)
-        _, mean, variance = _given_x_t(components, x_t[0], alpha_bar, less)
-        direction = (mean - jnp.sqrt(alpha_bar) * x_t[0]) / jnp.sqrt(less)
-        return jnp.stack([direction, 8 * jnp.arctanh(jnp.log(variance / less) / 16)])
+        _, mean, variance = _given_x_t(components, x_t[0], alpha_bar, noise_variance)
+        direction = (mean - jnp.sqrt(alpha_bar) * x_t[0]) / jnp.sqrt(noise_variance)
+        return jnp.stack([direction, 8 * jnp.arctanh(jnp.log(variance / noise_variance) / 16)])
 
 
 def _components(mixture: GaussianMixture) -> Components:
@@ -101,17 +101,19 @@ def _nodes(components: Components) -> Float[np.ndarray, " M"]:
     return np.linspace(-reach, reach, 1 + 200 * int(np.ceil(reach / narrowest * _NODES_PER_STD / 100)))
 
 
-def _given_x_t(components: Components, x_t: Array, alpha_bar: Array, less: Array) -> tuple[Array, Array, Array]:
-    """log q(x_t), and mean and variance of x_0 given x_t; `less` is 1 − ᾱ_t. All broadcast."""
+def _given_x_t(
+    components: Components, x_t: Array, alpha_bar: Array, noise_variance: Array
+) -> tuple[Array, Array, Array]:
+    """log q(x_t), and mean and variance of x_0 given x_t; `noise_variance` is 1 − ᾱ_t. All broadcast."""
     weights, means, variances = components
-    a, less = alpha_bar[..., None], less[..., None]
-    total = a * variances + less
+    a, noise_variance = alpha_bar[..., None], noise_variance[..., None]
+    total = a * variances + noise_variance
     residual = x_t[..., None] - jnp.sqrt(a) * means
     log_joint = jnp.log(weights) - 0.5 * residual**2 / total - 0.5 * jnp.log(2 * jnp.pi * total)
     share = jax.nn.softmax(log_joint)
     of_component = means + jnp.sqrt(a) * variances / total * residual
     mean = jnp.sum(share * of_component, -1)
-    variance = jnp.sum(share * (variances * less / total + (of_component - mean[..., None]) ** 2), -1)
+    variance = jnp.sum(share * (variances * noise_variance / total + (of_component - mean[..., None]) ** 2), -1)
     return jax.nn.logsumexp(log_joint, -1), mean, variance
 
 
@@ -119,12 +121,12 @@ def _given_x_t(components: Components, x_t: Array, alpha_bar: Array, less: Array
 def _best_elbo(components: Components, y: Float[Array, " M"], beta: Float[Array, " T"]) -> Float[Array, ""]:
     weights, means, variances = components
     noise, t = schedules.from_beta(beta), jnp.arange(1, len(beta) + 1)[:, None]
-    less = -jnp.expm1(noise.log_alpha_bar)
-    log_q, _, variance_of_x_0 = _given_x_t(components, y, noise.alpha_bar[t], less[t])
+    noise_variance = -jnp.expm1(noise.log_alpha_bar)
+    log_q, _, variance_of_x_0 = _given_x_t(components, y, noise.alpha_bar[t], noise_variance[t])
     c, _, _ = noise.posterior(t)
     log_ratio = jnp.log(noise.noise_kept(t) + c**2 * variance_of_x_0 / beta[:, None])
     steps = jnp.sum(jnp.exp(log_q) * log_ratio) * (y[1] - y[0])
-    second_moment = noise.alpha_bar[-1] * jnp.sum(weights * (means**2 + variances)) + less[-1]
+    second_moment = noise.alpha_bar[-1] * jnp.sum(weights * (means**2 + variances)) + noise_variance[-1]
     return -0.5 * (jnp.log(2 * jnp.pi) + second_moment + steps)
 
 

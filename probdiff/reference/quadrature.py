@@ -13,6 +13,7 @@ from probdiff.types import Key
 
 MOST_BITS = 12  # whose states are enumerated
 NODES_PER_STD = 1.6  # the trapezium rule on a Gaussian is then right to 11 digits
+_ENTRIES = 2**18  # of a matrix that are summed at once, to stay in the cache
 
 
 class Closed(Protocol):
@@ -58,14 +59,14 @@ class Grid:
     def log_marginals(self) -> list[Float[np.ndarray, " M"]]:
         """log p(x_t) on the nodes, for t = 0…T."""
         log_p = [self.log_prior]
-        for kernel in self.log_kernels[::-1]:
-            log_p.append(logsumexp(kernel + log_p[-1], axis=1) + self.log_h)
+        for log_kernel in self.log_kernels[::-1]:
+            log_p.append(log_marginal_below(log_kernel, log_p[-1], self.log_h))
         return log_p[::-1]
 
     @property
     def log_p(self) -> Float[np.ndarray, " N"]:
         """log p(x_0) of each datum, N12."""
-        return logsumexp(self.log_reconstruction + self.log_marginals[1], axis=1) + self.log_h
+        return log_marginal_below(self.log_reconstruction, self.log_marginals[1], self.log_h)
 
     @property
     def mass(self) -> float:
@@ -88,10 +89,9 @@ class Grid:
         """Every other node, and the inner nine tenths: how their results differ bounds the error. None of states."""
         if self.of_states:
             return []
-        inner = slice(len(self.y) // 20, len(self.y) - len(self.y) // 20)
         return [
             Grid(self.y[k], self.log_prior[k], self.log_kernels[:, k, k], self.log_reconstruction[:, k])
-            for k in (slice(None, None, 2), inner)
+            for k in coarser_parts(len(self.y))
         ]
 
     def elbo_and_gap(self, q: Closed) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
@@ -118,10 +118,32 @@ class Grid:
         return elbo + self.log_prior @ np.exp(log_q_t) * h, gap
 
 
+def log_marginal_below(
+    log_kernel: Float[np.ndarray, "K M"], log_p: Float[np.ndarray, " M"], log_h: float = 0.0
+) -> Float[np.ndarray, " K"]:
+    """log p(x_{t−1}) by p(x_{t−1}) = ∫ p(x_{t−1} given x_t)·p(x_t) dx_t: one step of N12, nats.
+
+    `log_p` is log p(x_t) on M nodes of spacing h, and `log_kernel` is log p(x_{t−1} = y_i given x_t = y_j) for K values
+    y_i and the nodes y_j. Of states h is 1.
+    """
+    rows = max(1, _ENTRIES // log_kernel.shape[1])
+    blocks = (log_kernel[i : i + rows] for i in range(0, len(log_kernel), rows))
+    return np.concatenate([logsumexp(block + log_p, axis=1) for block in blocks]) + log_h
+
+
+def coarser_parts(nodes: int) -> list[slice]:
+    """Every other node, and the inner nine tenths: results on the parts of a grid bound the error on all of it."""
+    return [slice(None, None, 2), slice(nodes // 20, nodes - nodes // 20)]
+
+
+def num_nodes(reach: float, narrowest: float) -> int:
+    """How many nodes `line` has."""
+    return 1 + 200 * int(np.ceil(NODES_PER_STD * reach / narrowest / 100))  # few sizes, so few compilations
+
+
 def line(reach: float, narrowest: float) -> Float[np.ndarray, " M"]:
     """Nodes from −reach to reach, fine enough for kernels of std `narrowest`."""
-    nodes = 1 + 200 * int(np.ceil(NODES_PER_STD * reach / narrowest / 100))  # few sizes, so few compilations
-    return np.linspace(-reach, reach, nodes)
+    return np.linspace(-reach, reach, num_nodes(reach, narrowest))
 
 
 def states(size: int) -> Float[np.ndarray, "M D"]:
