@@ -17,7 +17,11 @@ def block_size(num_rows: int, most: int) -> int:
 
 def in_blocks(x_0: Data, rng_key: Key, compute: Callable[[Data, Key], Any], rows: int) -> Iterator[tuple[int, Any]]:
     """Calls `compute` on blocks of `rows` rows, the last one padded; gives how many rows count, and the result."""
-    for i, start in enumerate(range(0, len(x_0), rows)):
-        block = x_0[start : start + rows]
-        padded = np.concatenate([block, np.repeat(block[-1:], rows - len(block), axis=0)])
-        yield len(block), compute(jnp.asarray(padded), jax.random.fold_in(rng_key, i))
+    for i, (start, index) in enumerate(padded_blocks(len(x_0), rows)):
+        yield min(rows, len(x_0) - start), compute(jnp.asarray(x_0[index]), jax.random.fold_in(rng_key, i))
+
+
+def padded_blocks(num_rows: int, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The first row of each block, and the indices of its `rows` rows; the last block is padded by the last row."""
+    for start in range(0, num_rows, rows):
+        yield start, np.minimum(np.arange(start, start + rows), num_rows - 1)

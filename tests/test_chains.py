@@ -238,14 +238,18 @@ def test_stacked_forward_order_is_refused_as_a_guide_whatever_the_elbo():
 def test_one_step_chain_has_but_one_order():
     d, x = mlp_diffusion(schedule=schedules.cosine(1)), jnp.ones((4, 2))
     params = random_params(d)
-    losses = [
-        TraceMeanField_ELBO().loss(
-            jax.random.key(0), params, partial(d.reverse, stacked=s), partial(guide, stacked=s), x
-        )
-        for s in (False, True)
-        for guide in (d.forward, d.forward_posterior)
-    ]
-    assert np.all(np.isfinite(losses))
+
+    @jax.jit
+    def losses(params):
+        return [
+            TraceMeanField_ELBO().loss(
+                jax.random.key(0), params, partial(d.reverse, stacked=s), partial(guide, stacked=s), x
+            )
+            for s in (False, True)
+            for guide in (d.forward, d.forward_posterior)
+        ]
+
+    assert np.all(np.isfinite(losses(params)))
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -300,9 +304,11 @@ def test_subsampled_elbo_is_unbiased(stacked):
     d, x = linear_diffusion("full"), np.random.default_rng(3).normal(size=(8, 2))
     expected = sum(exact_elbo(d, x_0) for x_0 in x)
     elbo = Trace_ELBO()
-    loss = jax.vmap(
-        lambda key: elbo.loss(
-            key, random_linear(d), d.reverse, d.forward_posterior, jnp.asarray(x), stacked=stacked, subsample_size=3
+    loss = jax.jit(
+        jax.vmap(
+            lambda key: elbo.loss(
+                key, random_linear(d), d.reverse, d.forward_posterior, jnp.asarray(x), stacked=stacked, subsample_size=3
+            )
         )
     )
     draws = -np.asarray(loss(jax.random.split(jax.random.key(0), 4000)))
@@ -392,8 +398,6 @@ def test_any_equinox_module_can_be_the_network():
         (lambda: mlp_diffusion(event_shape=()), "event_shape is"),
         (lambda: mlp_diffusion(event_shape=(2.5,)), "event_shape is"),
         (lambda: mlp_diffusion(event_shape=(4, 4)), "wants a vector"),
-        (lambda: networks.ResidualMLP(width=0), "width is 0"),
-        (lambda: networks.ResidualMLP(num_features=15), "num_features is 15"),
         (
             lambda: GaussianDiffusion(
                 (2,), schedules.cosine(3), OwnNetwork(eqx.nn.Linear(3, 4, key=jax.random.key(0))), "full"
@@ -410,15 +414,21 @@ def test_bad_diffusions_are_refused(make, words):
 def test_images_keep_their_shape():
     d = mlp_diffusion("diagonal", event_shape=(3, 4))
     x = jnp.zeros((5, 3, 4))
-    for stacked in (False, True):
-        value = TraceMeanField_ELBO().loss(
-            jax.random.key(0),
-            random_params(d),
-            partial(d.reverse, stacked=stacked),
-            partial(d.forward_posterior, stacked=stacked),
-            x,
-        )
-        assert np.isfinite(value)
+
+    @jax.jit
+    def losses(params):
+        return [
+            TraceMeanField_ELBO().loss(
+                jax.random.key(0),
+                params,
+                partial(d.reverse, stacked=stacked),
+                partial(d.forward_posterior, stacked=stacked),
+                x,
+            )
+            for stacked in (False, True)
+        ]
+
+    assert np.all(np.isfinite(losses(random_params(d))))
     assert handlers.seed(handlers.substitute(d.reverse, data=random_params(d)), 0)().shape == (3, 4)
 
 
@@ -450,26 +460,3 @@ def test_dropout_is_drawn_for_each_datum_and_only_where_asked_for():
     assert len({tuple(row) for row in [*thinned.tolist(), *mean(d, 1, True).tolist(), whole[0].tolist()]}) == 7
     none = GaussianDiffusion((2,), d.schedule, networks.ResidualMLP(16, 1, dropout=0.0), "full")
     np.testing.assert_array_equal(mean(none, 0, True), mean(none, 0, False))
-
-
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
-def test_bad_dropout_is_refused(dropout):
-    with pytest.raises(ValueError, match="dropout is"):
-        networks.ResidualMLP(dropout=dropout)
-
-
-def test_units_of_half_precision_leave_params_and_outputs_alone():
-    module = networks.ResidualMLP(32, 2).build(jax.random.key(0), (2,), 4)
-    module = jax.tree.map(lambda leaf: leaf + 0.1, module)
-    half = networks.ResidualMLP(32, 2, dtype="bfloat16").build(jax.random.key(0), (2,), 4)
-    half = jax.tree.unflatten(jax.tree.structure(half), jax.tree.leaves(module))
-    x, log_snr = jnp.array([0.3, -1.2]), jnp.array(1.0)
-    assert half(x, log_snr).dtype == x.dtype
-    np.testing.assert_allclose(half(x, log_snr), module(x, log_snr), rtol=0.03)
-    assert not np.array_equal(half(x, log_snr), module(x, log_snr))
-    gradient = jax.grad(lambda network: network(x, log_snr).sum())(half)
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {x.dtype}
-    with pytest.raises(ValueError, match="dtype is 'int8'"):
-        networks.ResidualMLP(dtype="int8")
-    with jax.enable_x64(False), pytest.raises(ValueError, match='dtype is "float64"; turn it on'):
-        networks.ResidualMLP(dtype="float64").build(jax.random.key(0), (2,), 4)

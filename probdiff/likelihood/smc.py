@@ -15,12 +15,12 @@ from scipy.special import logsumexp
 from probdiff.blocks import block_size, in_blocks
 from probdiff.chains import Diffusion
 from probdiff.likelihood.paths import log_weight_blocks
+from probdiff.likelihood.resampling import resample
 from probdiff.likelihood.result import LogLikelihood, log_mean
 from probdiff.likelihood.twists import FULL, Twist, fit_twists, tilted
 from probdiff.types import Data, Event, Key, Params, Time
 
 _ROWS = 256  # triangular solves over more rows at once are many times slower on a CPU
-_LEAST_SIZE = 0.5  # effective particles over particles below which they are resampled
 type Kernel = Callable[[Event, Time], dist.Distribution]
 
 
@@ -83,8 +83,6 @@ def _filter(
     d: Diffusion, kernel: Kernel, twists: Twist, x_0: Event, rng_key: Key, num_particles: int
 ) -> Float[Array, ""]:
     """log p̂(x_0) of one filter."""
-    from blackjax.smc.resampling import systematic  # slow to import, and only this wants it
-
     T, S = d.num_timesteps, num_particles
 
     def twist_at(t: Time) -> Twist:
@@ -97,13 +95,9 @@ def _filter(
         p = kernel(x_t.reshape(S, *x_0.shape), t)
         proposal, log_mass = tilted(p, twist_at(jnp.maximum(t - 1, 1)))
         log_w = log_w + jnp.where(t == 1, p.log_prob(x_0), log_mass) - twist_at(t)(x_t)
-        shares = jax.nn.softmax(log_w)
-        resample = (t > 1) & (1 / jnp.sum(shares**2) < _LEAST_SIZE * S)
-        parents = jnp.where(resample, systematic(key_resample, shares, S), jnp.arange(S))
-        log_p = log_p + jnp.where(resample, jax.nn.logsumexp(log_w) - jnp.log(S), 0.0)
-        log_w = jnp.where(resample, 0.0, log_w)
+        parents, log_w, log_mean_weight, _ = resample(key_resample, log_w, allowed=t > 1)
         x_prev = jax.tree.map(lambda leaf: leaf[parents], proposal).sample(key_move)
-        return (x_prev, log_w, log_p), None
+        return (x_prev, log_w, log_p + log_mean_weight), None
 
     key_first, key_steps = jax.random.split(rng_key)
     first, log_mass = tilted(d.family.terminal((S,)), twist_at(T))

@@ -12,19 +12,20 @@ from numpyro import handlers
 from numpyro.infer import Predictive
 
 from probdiff.chains import GaussianDiffusion
-from probdiff.posterior.guidance import DEFENSIVE, Observation, solve_lower
+from probdiff.likelihood.resampling import normalised, resample, systematic
+from probdiff.posterior.guidance import DEFENSIVE, GuidedLikelihood, solve_lower
 from probdiff.types import Key, Params
 
-_LEAST_SIZE = 0.5  # effective particles over particles below which they are resampled
 _DRAWS = 2048
-_OWN_VARIANCE = 0.02  # share of the diagonal in a covariance, so that few draws leave it positive
+_DIAGONAL_SHARE = 0.02  # share of the diagonal in a covariance, so that few draws leave it positive
 
 
 class Filtered(NamedTuple):
     """What filters leave, each leaf with leading axes (N, M) for N data and M filters of S particles.
 
-    `x_0` (S, D) equally weighted, in the chain's own units; `log_evidence` (); `ess` (T,) at t = T…2 and 0, effective
-    particles over S; `log_weight` (S,) where that was least.
+    `x_0` (S, D) holds equally weighted draws in the chain's own units, and `log_evidence` () is log p̂(y) in nats. `ess`
+    (T,) is the number of effective particles over S at t = T…2 and 0; `log_weight` (S,) are the weights where it was
+    least.
     """
 
     x_0: Float[Array, "S D"]
@@ -34,7 +35,10 @@ class Filtered(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Of each particle at x_t: p(x_{t−1} given x_t), the proposal, each by its mean and std or Cholesky factor, ψ_t."""
+    """What each particle at x_t has: p(x_{t−1} given x_t) and the proposal of x_{t−1}, and log ψ_t(x_t).
+
+    Both normals are held by their mean and their standard deviation or Cholesky factor.
+    """
 
     loc: Float[Array, "S D"]
     scale: Float[Array, "S D *D"]
@@ -49,15 +53,15 @@ def spread(d: GaussianDiffusion, params: Params, rng_key: Key) -> Float[Array, "
     paths = Predictive(d.reverse, params=params, num_samples=_DRAWS, parallel=True)(rng_key, stacked=True)
     _, predict = handlers.substitute(d.predictions, data=params)()
 
-    def factor(args: tuple[Array, Array]) -> Float[Array, "D D"]:
+    def cholesky(args: tuple[Array, Array]) -> Float[Array, "D D"]:
         x_t, t = args
         residual = (paths["x_0"] - predict(x_t, t)[1][0]).reshape(_DRAWS, -1)
         covariance = residual.T @ residual / _DRAWS
-        own = jnp.diag(jnp.diag(covariance))
-        return jnp.linalg.cholesky((1 - _OWN_VARIANCE) * covariance + _OWN_VARIANCE * own)
+        diagonal = jnp.diag(jnp.diag(covariance))
+        return jnp.linalg.cholesky((1 - _DIAGONAL_SHARE) * covariance + _DIAGONAL_SHARE * diagonal)
 
     x = jnp.moveaxis(paths["x"], 1, 0)[::-1]  # t = 1…T
-    return jax.lax.map(factor, (x, jnp.arange(1, d.num_timesteps + 1)))
+    return jax.lax.map(cholesky, (x, jnp.arange(1, d.num_timesteps + 1)))
 
 
 @partial(jax.jit, static_argnums=(0, 5))
@@ -65,59 +69,59 @@ def filters(
     d: GaussianDiffusion,
     params: Params,
     factors: Float[Array, "T D D"] | None,
-    observations: Observation,
+    likelihoods: GuidedLikelihood,
     rng_keys: Key,
     num_particles: int,
 ) -> Filtered:
-    """One filter for each observation (N,) and key (N, M).
+    """One filter for each likelihood (N,) and key (N, M).
 
     The targets p(x_T)·∏ p(x_{s−1} given x_s)·ψ_t(x_t), s > t, end at p(x_0…x_T)·g(x_0). A proposal is p(x_{t−1} given
-    x_t) with its x_0 conditioned on the observation, or for a share of the particles as it is, so that no weight of a
-    step is large where the guidance misses something. `factors` are those of `spread`, None where kernels are full.
+    x_t) with its x_0 conditioned on the likelihood, or that kernel as it is for a share of the particles, so that no
+    weight of a step is large where the guidance misses something. `factors` are those of `spread`, None where kernels
+    are full.
     """
-    one = lambda observation, key: _filter(d, params, factors, observation, key, num_particles)  # noqa: E731
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(observations, rng_keys)
+
+    def one_filter(likelihood: GuidedLikelihood, rng_key: Key) -> Filtered:
+        return _filter(d, params, factors, likelihood, rng_key, num_particles)
+
+    return jax.vmap(jax.vmap(one_filter, in_axes=(None, 0)))(likelihoods, rng_keys)
 
 
 def _filter(
     d: GaussianDiffusion,
     params: Params,
     factors: Float[Array, "T D D"] | None,
-    observation: Observation,
+    likelihood: GuidedLikelihood,
     rng_key: Key,
     num_particles: int,
 ) -> Filtered:
-    from blackjax.smc.resampling import systematic  # slow to import, and only this wants it
-
     T, S = d.num_timesteps, num_particles
     noise, predict = handlers.substitute(d.predictions, data=params)()
 
     def state(x_t: Float[Array, "S D"], t: Any) -> _State:
         p, (mean, V) = predict(x_t.reshape(S, *d.event_shape), t)
         loc, mean = p.mean.reshape(S, -1), mean.reshape(S, -1)
-        of_x_0, _, std = noise.posterior(t)
+        x_0_weight, _, std = noise.posterior(t)
         if V is None:
-            guidance = observation.guidance(mean, factors[t - 1])  # type: ignore[index]
+            guidance = likelihood.guidance(mean, factors[t - 1])  # type: ignore[index]
             variance = p.variance.reshape(S, -1)
-            guided = variance - of_x_0**2 * jnp.diagonal(guidance.fall, axis1=-2, axis2=-1)
+            guided = variance - x_0_weight**2 * jnp.diagonal(guidance.covariance_reduction, axis1=-2, axis2=-1)
             scale, proposal = jnp.sqrt(variance), jnp.sqrt(jnp.maximum(guided, std**2))
         else:
-            guidance = observation.guidance(mean, _factor(V, (std / of_x_0) ** 2))
+            guidance = likelihood.guidance(mean, _factor(V, (std / x_0_weight) ** 2))
             scale = p.scale_tril
-            guided = jnp.linalg.cholesky(p.covariance_matrix - of_x_0**2 * guidance.fall)
+            guided = jnp.linalg.cholesky(p.covariance_matrix - x_0_weight**2 * guidance.covariance_reduction)
             # rounding may leave it singular
             proposal = jnp.where(jnp.isfinite(guided).all((-2, -1), keepdims=True), guided, scale)
-        return _State(loc, scale, loc + of_x_0 * guidance.shift, proposal, guidance.log_psi)
+        return _State(loc, scale, loc + x_0_weight * guidance.mean_shift, proposal, guidance.log_psi)
 
     def move(carry: Any, rng_key: Key) -> tuple[tuple[Float[Array, "S D"], Array, Array, Any], Float[Array, ""]]:
         """Particles resampled where too few are effective, and moved one step down, to be weighted by ψ there."""
         now, log_w, log_evidence, worst = carry
         key_resample, key_move, key_which = jax.random.split(rng_key, 3)
-        shares, ess = _shares(log_w)
+        parents, log_w_left, log_mean_weight, ess = resample(key_resample, log_w)
         worst = jax.tree.map(partial(jnp.where, ess < worst[0]), (ess, log_w), worst)
-        few = ess < _LEAST_SIZE
-        parents = jnp.where(few, systematic(key_resample, shares, S), jnp.arange(S))
-        log_evidence = log_evidence + jnp.where(few, jax.nn.logsumexp(log_w) - jnp.log(S), 0.0)
+        log_evidence = log_evidence + log_mean_weight
         now = jax.tree.map(lambda leaf: leaf[parents], now)
         kernel, guided = (now.loc, now.scale), (now.proposal_loc, now.proposal_scale)
         z = jax.random.normal(key_move, now.loc.shape)
@@ -126,7 +130,7 @@ def _filter(
         x = jnp.where(defensive, _draw(*kernel, z), _draw(*guided, z))
         log_p = _log_normal(*kernel, x)
         log_r = jnp.logaddexp(math.log1p(-DEFENSIVE) + _log_normal(*guided, x), math.log(DEFENSIVE) + log_p)
-        return (x, jnp.where(few, 0.0, log_w) + log_p - log_r - now.log_psi, log_evidence, worst), ess
+        return (x, log_w_left + log_p - log_r - now.log_psi, log_evidence, worst), ess
 
     def down(carry: Any, args: tuple[Array, Key]) -> tuple[Any, Float[Array, ""]]:
         t, key = args
@@ -145,13 +149,13 @@ def _filter(
     (x_1, log_w, log_evidence, worst), ess_above = move(carry, keys[0])
     p = predict(x_1.reshape(S, *d.event_shape), 1)[0]  # of x_0 given x_1, normal exactly
     scale = p.scale_tril if factors is None else _matrix(jnp.sqrt(p.variance).reshape(S, -1))
-    x_0, log_new = observation.finish(p.mean.reshape(S, -1), scale, key_last)
+    x_0, log_new = likelihood.propose_x_0(p.mean.reshape(S, -1), scale, key_last)
     log_w = _never_nan(log_w + log_new)
-    shares, last = _shares(log_w)
+    shares, last = normalised(log_w)
     worst = jax.tree.map(partial(jnp.where, last < worst[0]), (last, log_w), worst)
     log_evidence = log_evidence + jax.nn.logsumexp(log_w) - jnp.log(S)
     ess = jnp.concatenate([ess, jnp.stack([ess_above, last])])[1:]
-    chosen = systematic(key_resample, shares, S)
+    chosen = systematic(key_resample, shares)
     # from a random place, so that each draw by itself is one from the posterior; equal ones stay side by side, for ESS
     chosen = jnp.roll(chosen, jax.random.randint(key_order, (), 0, S))
     return Filtered(x_0[chosen], log_evidence, ess, worst[1])
@@ -159,13 +163,6 @@ def _filter(
 
 def _never_nan(log_w: Float[Array, " S"]) -> Float[Array, " S"]:
     return jnp.where(jnp.isnan(log_w), -jnp.inf, log_w)
-
-
-def _shares(log_w: Float[Array, " S"]) -> tuple[Float[Array, " S"], Float[Array, ""]]:
-    """Normalised weights, even ones where none is positive, and the share of particles that are effective."""
-    alive = jnp.isfinite(log_w.max())
-    shares = jax.nn.softmax(jnp.where(alive, log_w, 0.0))
-    return shares, jnp.where(alive, 1 / jnp.sum(shares**2) / len(log_w), 0.0)
 
 
 def _draw(loc: Float[Array, "S D"], scale: Float[Array, "S D *D"], z: Float[Array, "S D"]) -> Float[Array, "S D"]:

@@ -1,7 +1,8 @@
-"""What an observation says of x_t: twists ψ_t(x_t) ≈ E[g(x_0) given x_t], g the likelihood, and guided proposals.
+"""The guided forms of a likelihood g(x_0): twists ψ_t(x_t) ≈ E[g(x_0) given x_t], and guided proposals.
 
-Each class is the likelihood of one datum for x_0 as a vector in the chain's own units. Given x_t, x_0 is taken to be
-N(m, F·Fᵀ), m (S, D) and F (D, D) or (S, D, D), for S particles at once.
+A user states a likelihood (`observations`); here is the form of it that the filters are given. Each class is the
+likelihood of one datum for x_0 as a vector in the chain's own units. Given x_t, x_0 is taken to be N(m, F·Fᵀ), with
+m (S, D) and F (D, D) or (S, D, D), for S particles at once.
 """
 
 import math
@@ -21,30 +22,37 @@ DEFENSIVE = 0.1  # share of a proposal that is the kernel itself (Hesterberg 199
 _NEWTON_STEPS = 5
 _STEP_SIZES = np.array([1.0, 0.5, 0.2, 0.05, 0.0])
 _NODES = 16
-_FEW = 4
-_LOWEST = -1e4  # of log ψ: where it is −∞ particles could not be told apart
+_FEW_ROWS = 4  # up to which triangular systems are solved row by row
+_LOWEST = -1e4  # the least log ψ: where it is −∞ particles could not be told apart
 
 
 class Guidance(NamedTuple):
-    """log ψ_t(x_t) (S,), the shift of x_0's mean by the observation (S, D), and the fall of its covariance."""
+    """What a likelihood says at x_t: log ψ_t(x_t) in nats, and how it changes N(m, F·Fᵀ), the law of x_0 given x_t.
+
+    `mean_shift` is added to the mean m, and `covariance_reduction` is taken from the covariance F·Fᵀ.
+    """
 
     log_psi: Float[Array, " S"]
-    shift: Float[Array, "S D"]
-    fall: Float[Array, "*S D D"]
+    mean_shift: Float[Array, "S D"]
+    covariance_reduction: Float[Array, "*S D D"]
 
 
-class Observation(Protocol):
-    def guidance(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guidance: ...
+class GuidedLikelihood(Protocol):
+    """The likelihood g of one datum, in the form that a filter is given."""
 
-    def finish(
+    def guidance(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guidance:
+        """What g says at x_t of S particles, where x_0 given x_t is N(m, F·Fᵀ)."""
+        ...
+
+    def propose_x_0(
         self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
     ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
-        """x_0 from a proposal r, and log N(x_0; m, F·Fᵀ)·g(x_0)/r(x_0)."""
+        """A draw of x_0 (S, D) from a proposal r for each particle, and log N(x_0; m, F·Fᵀ)·g(x_0)/r(x_0) (S,)."""
         ...
 
 
-class Linear(eqx.Module):
-    """y = A·x_0 + ε, ε ~ N(0, R), R = noise·noiseᵀ, which may be zero: in closed form throughout."""
+class GuidedLinearGaussian(eqx.Module):
+    """y = A·x_0 + ε with ε ~ N(0, R), R = noise·noiseᵀ, which may be zero: everything is in closed form."""
 
     y: Float[Array, " M"]
     A: Float[Array, "M D"]
@@ -58,10 +66,10 @@ class Linear(eqx.Module):
         log_psi = self.constant + log_det - 0.5 * (jnp.sum(w**2, -1) + self.y.size * math.log(2 * math.pi))
         return Guidance(log_psi, _times(gain.mT, w), gain.mT @ gain)
 
-    def finish(
+    def propose_x_0(
         self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
     ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
-        """x_0 given y exactly, by conditioning a joint draw of both (Matheron's rule)."""
+        """A draw of x_0 given y, exact: a joint draw of both is conditioned on y (Matheron's rule); r ∝ N·g."""
         key_x, key_noise = jax.random.split(rng_key)
         whiten, gain = self._gain(F)
         x_0 = mean + _times(F, jax.random.normal(key_x, mean.shape))
@@ -76,8 +84,8 @@ class Linear(eqx.Module):
         return whiten, whiten @ AF @ F.mT
 
 
-class Smooth(eqx.Module):
-    """Any differentiable log g.
+class GuidedSmooth(eqx.Module):
+    """Any log g that can be differentiated twice.
 
     ψ_t is the mean of Laplace's approximation at the largest g(x_0)·N(x_0; m, F·Fᵀ), found by Newton, which is right
     for a narrow g, and of the mean of g over fixed nodes, which sees a g of several modes.
@@ -88,43 +96,44 @@ class Smooth(eqx.Module):
 
     def guidance(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guidance:
         log_psi, z, values, vectors = self._laplace(mean, F)
-        over_nodes = Opaque(self.datum, self.log_g).guidance(mean, F).log_psi
-        half = F @ (vectors * jnp.sqrt(1 - 1 / values)[:, None, :])
-        log_psi = jnp.logaddexp(jnp.maximum(log_psi, _LOWEST), over_nodes) - math.log(2)
-        return Guidance(log_psi, _times(F, z), half @ half.mT)
+        log_mean_at_nodes = GuidedBlackBox(self.datum, self.log_g).guidance(mean, F).log_psi
+        root = F @ (vectors * jnp.sqrt(1 - 1 / values)[:, None, :])
+        log_psi = jnp.logaddexp(jnp.maximum(log_psi, _LOWEST), log_mean_at_nodes) - math.log(2)
+        return Guidance(log_psi, _times(F, z), root @ root.mT)
 
-    def finish(
+    def propose_x_0(
         self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
     ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
-        """x_0 from a mixture of Laplace's approximation and N(m, F·Fᵀ), so that no weight is above g/`DEFENSIVE`."""
+        """A draw of x_0 from a mixture of Laplace's approximation and N(m, F·Fᵀ): no weight is above g/`DEFENSIVE`."""
         _, mode, values, vectors = self._laplace(mean, F)
         key_z, key_which = jax.random.split(rng_key)
         noise = jax.random.normal(key_z, mean.shape)
         defensive = jax.random.bernoulli(key_which, DEFENSIVE, (len(mean), 1))
         z = jnp.where(defensive, noise, mode + _times(vectors, noise / jnp.sqrt(values)))
         x_0 = mean + _times(F, z)
-        off = jnp.squeeze((z - mode)[:, None, :] @ vectors, 1)
-        log_near = 0.5 * jnp.sum(jnp.log(values) - values * off**2, -1)
+        from_mode = jnp.squeeze((z - mode)[:, None, :] @ vectors, 1)
+        log_laplace = 0.5 * jnp.sum(jnp.log(values) - values * from_mode**2, -1)
         log_p = -0.5 * jnp.sum(z**2, -1)
-        log_r = jnp.logaddexp(math.log1p(-DEFENSIVE) + log_near, math.log(DEFENSIVE) + log_p)
+        log_r = jnp.logaddexp(math.log1p(-DEFENSIVE) + log_laplace, math.log(DEFENSIVE) + log_p)
         return x_0, jax.vmap(lambda x: self.log_g(x, self.datum))(x_0) + log_p - log_r
 
     def _laplace(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> tuple[Array, Array, Array, Array]:
-        """log ∫ g·N, and z, eigenvalues and eigenvectors of the precision at the mode m + F·z, in units of F."""
+        """log ∫ g·N, and at the mode m + F·z: z, and eigenvalues and eigenvectors of the precision, in units of F."""
 
-        def one(mean: Float[Array, " D"], F: Float[Array, "D D"]) -> tuple[Array, Array, Array, Array]:
-            log_g = lambda z: self.log_g(mean + F @ z, self.datum)  # noqa: E731
+        def laplace(mean: Float[Array, " D"], F: Float[Array, "D D"]) -> tuple[Array, Array, Array, Array]:
+            def log_g(z: Float[Array, " D"]) -> Float[Array, ""]:
+                return self.log_g(mean + F @ z, self.datum)
 
             def precision(z: Float[Array, " D"]) -> tuple[Array, Array]:
                 # convex parts of log g are left out, so that the mode is approached uphill
-                bend = jnp.nan_to_num(jax.hessian(log_g)(z), posinf=0.0, neginf=0.0)
-                values, vectors = jnp.linalg.eigh(-bend)
+                hessian = jnp.nan_to_num(jax.hessian(log_g)(z), posinf=0.0, neginf=0.0)
+                values, vectors = jnp.linalg.eigh(-hessian)
                 return 1 + jnp.maximum(values, 0), vectors
 
             def newton(z: Float[Array, " D"], _: None) -> tuple[Float[Array, " D"], None]:
                 values, vectors = precision(z)
-                slope = jnp.nan_to_num(jax.grad(log_g)(z), posinf=0.0, neginf=0.0) - z
-                tried = z + _STEP_SIZES[:, None] * (vectors @ ((vectors.T @ slope) / values))
+                gradient = jnp.nan_to_num(jax.grad(log_g)(z), posinf=0.0, neginf=0.0) - z
+                tried = z + _STEP_SIZES[:, None] * (vectors @ ((vectors.T @ gradient) / values))
                 height = jax.vmap(log_g)(tried) - 0.5 * jnp.sum(tried**2, -1)
                 return tried[jnp.argmax(jnp.where(jnp.isnan(height), -jnp.inf, height))], None
 
@@ -132,10 +141,10 @@ class Smooth(eqx.Module):
             values, vectors = precision(z)
             return log_g(z) - 0.5 * jnp.sum(z**2 + jnp.log(values)), z, values, vectors
 
-        return jax.vmap(one, in_axes=(0, None if F.ndim == 2 else 0))(mean, F)
+        return jax.vmap(laplace, in_axes=(0, None if F.ndim == 2 else 0))(mean, F)
 
 
-class Opaque(eqx.Module):
+class GuidedBlackBox(eqx.Module):
     """log g of which only values are known: ψ_t is the mean of g over fixed nodes, and the kernel is the proposal."""
 
     datum: Any
@@ -147,7 +156,7 @@ class Opaque(eqx.Module):
         log_psi = jax.nn.logsumexp(jnp.maximum(log_g, _LOWEST), 0) - math.log(_NODES)
         return Guidance(log_psi, jnp.zeros_like(mean), jnp.zeros((mean.shape[1],) * 2))
 
-    def finish(
+    def propose_x_0(
         self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
     ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
         x_0 = mean + _times(F, jax.random.normal(rng_key, mean.shape))
@@ -158,16 +167,16 @@ class Opaque(eqx.Module):
 
 
 def _times(matrix: Float[Array, "*S P Q"], vectors: Float[Array, "S Q"]) -> Float[Array, "S P"]:
-    """A matrix for all, or one for each, times each vector."""
+    """One matrix for all vectors, or one for each, times each vector."""
     return vectors @ matrix.mT if matrix.ndim == 2 else jnp.einsum("spq,sq->sp", matrix, vectors)
 
 
 def solve_lower(L: Float[Array, "*S P P"], b: Float[Array, "*S P Q"]) -> Float[Array, "*S P Q"]:
     """L⁻¹·b for lower triangular L; for a few rows by substitution, since XLA is slow to compile many small solves."""
-    if L.shape[-1] > _FEW:
+    if L.shape[-1] > _FEW_ROWS:
         return solve_triangular(L, b, lower=True)
     rows: list[Array] = []
     for i in range(L.shape[-1]):
-        known = sum((L[..., i, j, None] * row for j, row in enumerate(rows)), start=jnp.zeros(()))
-        rows.append((b[..., i, :] - known) / L[..., i, i, None])
+        solved = sum((L[..., i, j, None] * row for j, row in enumerate(rows)), start=jnp.zeros(()))
+        rows.append((b[..., i, :] - solved) / L[..., i, i, None])
     return jnp.stack(rows, -2)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import arviz as az
@@ -10,6 +11,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import ArrayLike, Float
 
+from probdiff.blocks import padded_blocks
 from probdiff.chains import GaussianDiffusion
 from probdiff.checks import check_count, check_key, some
 from probdiff.likelihood.result import LogLikelihood, log_mean
@@ -188,8 +190,8 @@ def _run(
     d = fit.diffusion
     if not isinstance(d, GaussianDiffusion):
         raise TypeError(f"posteriors are of Gaussian diffusions; this fit is of {d.family}")
-    observations, observed = prepare(fit, likelihood, data, key_check)
-    N, D = len(jax.tree.leaves(observations)[0]), fit.loc.size
+    likelihoods, observed = prepare(fit, likelihood, data, key_check)
+    N, D = len(jax.tree.leaves(likelihoods)[0]), fit.loc.size
     names = np.arange(N) if datum is None else np.asarray(datum)
     if names.shape != (N,) or len(set(names.tolist())) < N:
         raise ValueError(f"datum has shape {names.shape}; there are {N} data to name, each by another name")
@@ -197,20 +199,18 @@ def _run(
     blocks = -(-N * num_filters * num_particles * D**2 // _MOST_NUMBERS)
     rows = -(-N // blocks)
     results = []
-    for i in range(0, N, rows):
-        index = np.minimum(np.arange(i, i + rows), N - 1)
-        keys = jax.random.split(jax.random.fold_in(key_filters, i), (rows, num_filters))
-        block = jax.tree.map(lambda leaf, index=index: leaf[index], observations)
-        result = filters(d, fit.params, factors, block, keys, num_particles)
-        results.append(jax.tree.map(lambda leaf: np.asarray(leaf)[: N - i], result))  # noqa: B023
-    result = jax.tree.map(lambda *leaves: np.concatenate(leaves), *results)
+    for start, index in padded_blocks(N, rows):
+        keys = jax.random.split(jax.random.fold_in(key_filters, start), (rows, num_filters))
+        block = jax.tree.map(itemgetter(index), likelihoods)
+        results.append(filters(d, fit.params, factors, block, keys, num_particles))
+    result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:N], *results)
     evidence = _evidence(result, names)
     _warn_of_collapse(result, evidence, names)
     return result, evidence, observed
 
 
 def _evidence(result: Filtered, names: np.ndarray) -> LogLikelihood:
-    """log p(y), with the k̂ of the weights; raises where no particle has any."""
+    """log p(y) of each datum, with the k̂ of the weights; raises `ValueError` where no particle has any weight."""
     dead = np.flatnonzero(~np.isfinite(result.log_evidence).any(1))
     if dead.size:
         raise ValueError(
@@ -230,9 +230,9 @@ def _warn_of_collapse(result: Filtered, evidence: LogLikelihood, names: np.ndarr
     least = np.median(result.ess.min(-1), 1) * S
     k, limit = np.asarray(evidence.pareto_k), k_threshold(min(_K_DRAWS, result.log_weight[0].size))
     # an error of log p̂ of one from a single filter: the filters disagree on where the mass is
-    of_one = evidence.values_mcse * np.sqrt(result.log_evidence.shape[1])
+    error_of_one = evidence.values_mcse * np.sqrt(result.log_evidence.shape[1])
     dead = ~np.isfinite(result.log_evidence).all(1)
-    bad = np.flatnonzero((least < _LEAST_PARTICLES) | ~(of_one < 1) | dead)
+    bad = np.flatnonzero((least < _LEAST_PARTICLES) | ~(error_of_one < 1) | dead)
     if bad.size:
         worst = bad[np.argmin(least[bad])]
         warnings.warn(
@@ -247,7 +247,10 @@ def _warn_of_collapse(result: Filtered, evidence: LogLikelihood, names: np.ndarr
 def _effective_draws(
     draws: Float[np.ndarray, "N M S D"], observed: Float[np.ndarray, "N D"] | None
 ) -> Float[np.ndarray, " N"]:
-    """How many independent draws would have means that vary as those of filters do, for the worst unknown feature."""
+    """How many independent draws would have means that vary as the means of the filters do, for the worst feature.
+
+    Features of `observed` that are known do not count.
+    """
     N, M, S, D = draws.shape
     between, total = draws.mean(2).var(1, ddof=1), draws.reshape(N, M * S, D).var(1)
     with np.errstate(divide="ignore", invalid="ignore"):

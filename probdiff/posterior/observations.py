@@ -1,4 +1,4 @@
-"""Likelihoods of x_0 that a user states, in the data's own units, and what the filters are given for them."""
+"""Likelihoods of x_0 as a user states them, in the data's own units, and the step to their guided forms."""
 
 import inspect
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 from jaxtyping import ArrayLike, Float
 
 from probdiff.checks import some
-from probdiff.posterior import guidance
+from probdiff.posterior.guidance import GuidedBlackBox, GuidedLikelihood, GuidedLinearGaussian, GuidedSmooth
 from probdiff.results import Fit
 from probdiff.types import Key
 
@@ -42,7 +42,7 @@ class Missing:
 
 @dataclass(frozen=True, eq=False)
 class BlackBox:
-    """A log-likelihood that is called as a function is, of which no derivative is taken.
+    """A log-likelihood that is called as a function is; no derivative of it is taken.
 
     It must be traceable by JAX; other code is called through `jax.pure_callback`, with `vmap_method="sequential"`.
     """
@@ -50,15 +50,17 @@ class BlackBox:
     log_likelihood: Callable[..., Any]
 
 
-_ROUNDING = 1e-10  # of eigenvalues, over the largest
+_ROUNDING = 1e-10  # eigenvalues below this share of the largest count as zero
 
 type Likelihood = LinearGaussian | Missing | BlackBox | Callable[..., Any]
 
 
-def prepare(
-    fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key
-) -> tuple[guidance.Observation, np.ndarray | None]:
-    """The likelihood of each datum in the chain's own units, leaves with a leading axis of N."""
+def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[GuidedLikelihood, np.ndarray | None]:
+    """The guided form of the likelihood of each datum, its leaves with a leading axis of N, and what is known of x_0.
+
+    The latter, (N, D) with NaN where an entry is missing, is None but for `Missing`. Raises `ValueError` or `TypeError`
+    where the likelihood, its arrays or `data` do not fit the fit.
+    """
     loc, scale = fit.loc.ravel(), fit.scale.ravel()
     if isinstance(likelihood, LinearGaussian | Missing) and data is not None:
         raise ValueError(f"data are for a likelihood that is a function; {type(likelihood).__name__} has its own")
@@ -68,69 +70,84 @@ def prepare(
         y = np.where(known, (x - loc) / scale, 0.0)
         A, noise = known[:, :, None] * np.eye(len(loc)), ~known[:, :, None] * np.eye(len(loc))
         constant = np.sum(np.where(known, -np.log(scale), 0.5 * np.log(2 * np.pi)), 1)
-        return guidance.Linear(*(jnp.asarray(a, jnp.result_type(float)) for a in (y, A, noise, constant))), x
+        return GuidedLinearGaussian(*(jnp.asarray(a, jnp.result_type(float)) for a in (y, A, noise, constant))), x
     if isinstance(likelihood, LinearGaussian):
         y, A, noise = _linear(likelihood, len(loc))
         arrays = _sufficient(y - A @ loc, A * scale, noise)
-        return guidance.Linear(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays)), None
+        return GuidedLinearGaussian(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays)), None
     function = likelihood.log_likelihood if isinstance(likelihood, BlackBox) else likelihood
     if not callable(function) or isinstance(function, dist.Distribution):
         raise TypeError(
             f"likelihood is {likelihood!r}; it must be LinearGaussian, Missing, BlackBox or a function of x_0"
         )
     units = jnp.asarray(fit.loc), jnp.asarray(fit.scale)
-    log_g = _log_g(function, data is not None, *units)
+    log_g = _InChainUnits(function, data is not None, *units)
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
     if data is not None and (len(sizes) != 1 or sizes <= {(), (0,)}):
         raise ValueError(f"data has leaves with leading axes {sorted(sizes)}; they must have one, of the same size N")
     datum = {"y": jnp.zeros(1) if data is None else jax.tree.map(jnp.asarray, data)}
     _check_function(log_g, datum, fit, rng_key, smooth=not isinstance(likelihood, BlackBox))
-    return (guidance.Opaque if isinstance(likelihood, BlackBox) else guidance.Smooth)(datum, log_g), None
+    return (GuidedBlackBox if isinstance(likelihood, BlackBox) else GuidedSmooth)(datum, log_g), None
 
 
-class _log_g:
-    """The user's function at x_0 = loc + scale·z; equal to another of the same function and units, so compiled once."""
+@dataclass(frozen=True, eq=False)
+class _InChainUnits:
+    """A user's log g as a function of z, where x_0 = loc + scale·z, and of a datum.
 
-    def __init__(self, function: Callable[..., Any], takes_data: bool, loc: Any, scale: Any) -> None:
-        self.function, self.takes_data, self.loc, self.scale = function, takes_data, loc, scale
-        # of methods, which are made anew each time that they are named, by what they are made of
-        parts = getattr(function, "__func__", function), getattr(function, "__self__", None)
-        self._identity = (*map(id, parts), takes_data)
+    Programs are compiled once for all that are equal: those of the same function in the same units.
+    """
+
+    function: Callable[..., Any]
+    takes_data: bool
+    loc: Float[Any, " *event"]
+    scale: Float[Any, " *event"]
 
     def stated(self, z: Float[Any, " D"], datum: Any) -> Any:
+        """What the function gives, as it is."""
         x_0 = self.loc + self.scale * z.reshape(self.loc.shape)
         return self.function(x_0, datum["y"]) if self.takes_data else self.function(x_0)
 
     def __call__(self, z: Float[Any, " D"], datum: Any) -> Float[Any, ""]:
+        """log g, with −∞ where the function gives NaN."""
         log_g = jnp.asarray(self.stated(z, datum), jnp.result_type(float))
         return jnp.where(jnp.isnan(log_g), -jnp.inf, log_g)
 
+    @property
+    def _parts(self) -> tuple[Any, Any]:
+        """What the function is made of: a method is made anew each time that it is named, its parts are not."""
+        return getattr(self.function, "__func__", self.function), getattr(self.function, "__self__", None)
+
     def __hash__(self) -> int:
-        return hash(self._identity)
+        # by identity, since a function may be an Equinox module, whose arrays have no hash
+        return hash((*map(id, self._parts), self.takes_data))
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, _log_g)
-            and self._identity == other._identity
+            isinstance(other, _InChainUnits)
+            and all(mine is others for mine, others in zip(self._parts, other._parts, strict=True))
+            and self.takes_data == other.takes_data
             and np.array_equal(self.loc, other.loc)
             and np.array_equal(self.scale, other.scale)
         )
 
 
-def _check_function(log_g: _log_g, data: Any, fit: Fit, rng_key: Key, smooth: bool) -> None:
-    """That it takes x_0 and the first datum, and gives a number, not NaN or +∞, at eight draws from p for each."""
+def _check_function(log_g: _InChainUnits, data: Any, fit: Fit, rng_key: Key, smooth: bool) -> None:
+    """Raises unless log g takes x_0 and a datum, and is a number and not NaN or +∞ at eight draws from p for each."""
     draws = fit.sample(rng_key, 8)
     z = jnp.asarray((draws - fit.loc) / fit.scale, jnp.result_type(float)).reshape(8, -1)
     first = jax.tree.map(lambda leaf: leaf[0], data)
     arguments = draws[0].astype(z.dtype), jax.tree.map(np.asarray, first["y"])
     _check_call(log_g.function, arguments if log_g.takes_data else arguments[:1])
-    at_draws = lambda function: jax.vmap(jax.vmap(function, (0, None)), (None, 0))(z, data)  # noqa: E731
+
+    def at_draws(function: Callable[..., Any]) -> np.ndarray:
+        return np.asarray(jax.vmap(jax.vmap(function, (0, None)), (None, 0))(z, data))
+
     try:
         result = jax.eval_shape(log_g.stated, z[0], first)
         if not isinstance(result, jax.ShapeDtypeStruct) or result.shape:
             given = f"shape {result.shape}" if isinstance(result, jax.ShapeDtypeStruct) else "no array"
             raise ValueError(f"likelihood gives {given}; it must give a number")
-        values = np.asarray(at_draws(log_g.stated))
+        values = at_draws(log_g.stated)
     except (
         jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError, NotImplementedError
     ) as error:  # fmt: skip
@@ -149,38 +166,41 @@ def _check_function(log_g: _log_g, data: Any, fit: Fit, rng_key: Key, smooth: bo
     if smooth:
         try:
             jax.eval_shape(jax.hessian(log_g), z[0], first)
-            slopes = np.asarray(at_draws(jax.grad(log_g)))
+            gradients = at_draws(jax.grad(log_g))
         except Exception as error:
             why = (str(error) or repr(error)).splitlines()[0]
             raise TypeError(
                 f"likelihood cannot be differentiated twice by JAX ({why}); give it as BlackBox(likelihood)"
             ) from error
-        if np.isnan(slopes[np.isfinite(values)]).any():
+        if np.isnan(gradients[np.isfinite(values)]).any():
             raise ValueError(
                 "likelihood has a gradient of NaN at draws from the prior; give it as BlackBox(likelihood)"
             )
 
 
 def _check_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """That it takes as many arguments, and no index that is out of bounds, which JAX would take for the last."""
+    """Raises unless the function takes so many arguments, and takes no entry that is not there.
+
+    JAX would take the last entry for one that is out of bounds.
+    """
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
         called = "f(x_0, datum), as there are data" if len(arguments) > 1 else "f(x_0), as there are no data"
         raise TypeError(f"likelihood is called as {called}: {error}") from error
     except ValueError:
-        pass  # of some callables the arguments are not known
+        pass  # some callables do not tell their arguments
     try:
         with np.errstate(all="ignore"):
             function(*arguments)
     except IndexError as error:
         raise ValueError(f"likelihood takes an entry that is not there: {error}") from error
     except Exception:
-        pass  # it is not for NumPy's arrays
+        pass  # a function of JAX arrays may not take NumPy's
 
 
 def _known(fit: Fit, x: ArrayLike) -> np.ndarray:
-    """The table (N, D) with NaN where an entry is missing, or masked, checked."""
+    """The table (N, D), checked, with NaN where an entry is missing or masked."""
     masked = isinstance(x, np.ma.MaskedArray) and x.dtype.kind == "f"
     array = np.ma.filled(x, np.nan) if masked else np.asarray(x)
     if array.dtype.kind != "f":
@@ -193,7 +213,7 @@ def _known(fit: Fit, x: ArrayLike) -> np.ndarray:
 
 
 def _linear(likelihood: LinearGaussian, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """y (N, M), A (N, M, D) and a factor of the noise's covariance (N, M, M), checked."""
+    """y (N, M), A (N, M, D) and a factor (N, M, M) of the covariance of the noise, checked."""
     arrays = {name: np.asarray(getattr(likelihood, name)) for name in ("y", "A", "noise")}
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf":
@@ -230,12 +250,12 @@ def _linear(likelihood: LinearGaussian, size: int) -> tuple[np.ndarray, np.ndarr
 def _sufficient(
     y: np.ndarray, A: np.ndarray, noise: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """No more than D numbers that say the same of x_0 as y (N, M) does, their A and noise, and the rest of log p(y)."""
+    """y, A and noise of at most D numbers that say the same of x_0 as y (N, M) does, and the rest of log p(y), (N,)."""
     (N, M), D = y.shape, A.shape[2]
     if M <= D or np.linalg.matrix_rank(noise).min() < M:
         return y, A, noise, np.zeros(N)
     white = np.linalg.solve(noise, y[..., None])[..., 0]
     Q, triangular = np.linalg.qr(np.linalg.solve(noise, A))
     kept = np.einsum("nmd,nm->nd", Q, white)
-    left = np.sum(white**2, 1) - np.sum(kept**2, 1) + (M - D) * np.log(2 * np.pi)
-    return kept, triangular, np.tile(np.eye(D), (N, 1, 1)), -0.5 * left - np.linalg.slogdet(noise)[1]
+    rest = np.sum(white**2, 1) - np.sum(kept**2, 1) + (M - D) * np.log(2 * np.pi)
+    return kept, triangular, np.tile(np.eye(D), (N, 1, 1)), -0.5 * rest - np.linalg.slogdet(noise)[1]

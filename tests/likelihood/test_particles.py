@@ -12,7 +12,7 @@ from helpers.diffusions import linear_diffusion, mlp_diffusion, path_gaussian, r
 import probdiff
 from probdiff import GaussianDiffusion, datasets, networks, schedules
 from probdiff.likelihood import elbo as likelihood
-from probdiff.likelihood import exact, flow, paths, twists
+from probdiff.likelihood import exact, flow, paths, resampling, twists
 from probdiff.likelihood import smc as particles
 
 KEY = jax.random.key(0)
@@ -149,7 +149,7 @@ def test_filters_that_resample_at_every_step_are_unbiased(fitted, monkeypatch):
     """The filters themselves, without the choice between them and whole paths."""
     x = fitted.sample(jax.random.key(5), 8)
     truth = fitted.log_likelihood(x, method="exact").values + np.log(fitted.scale).sum()
-    monkeypatch.setattr(particles, "_LEAST_SIZE", 1.1)
+    monkeypatch.setattr(resampling, "LEAST_SIZE", 1.1)
     particles._filters.clear_cache()
     keys = jax.random.split(KEY, 8)
     log_p = particles._filters(fitted.diffusion, fitted.params, fitted.standardise(x), keys, 16, 500)

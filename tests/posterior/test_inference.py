@@ -10,7 +10,7 @@ from numpyro import handlers
 from scipy import stats
 
 from probdiff import GaussianDiffusion, posterior, schedules
-from probdiff.posterior import BlackBox, LinearGaussian, Missing
+from probdiff.posterior import BlackBox, LinearGaussian, Missing, inference
 from probdiff.posterior.filters import Filtered, filters
 from probdiff.posterior.imputation import impute
 from probdiff.results import Fit
@@ -369,7 +369,7 @@ def test_one_filter_without_particles_is_told():
     log_weight[0, 3], log_evidence[0, 3], ess[0, 3] = -np.inf, -np.inf, 0.0
     result = Filtered(np.zeros((1, 8, 100, 2)), log_evidence, ess, log_weight)
     with pytest.warns(UserWarning, match="1 of 1 posteriors have collapsed"):
-        posterior._warn_of_collapse(result, posterior._evidence(result, np.arange(1)), np.arange(1))
+        inference._warn_of_collapse(result, inference._evidence(result, np.arange(1)), np.arange(1))
 
 
 class Sensor(eqx.Module):
