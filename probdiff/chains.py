@@ -62,11 +62,9 @@ class Diffusion:
         if callable(self.network):
             log_snr = jax.ShapeDtypeStruct((), jnp.float32)
             outputs = eqx.filter_eval_shape(self.network, self._network_input, log_snr)
-            if getattr(outputs, "shape", None) != (num_outputs,):
-                raise ValueError(
-                    f"network gives outputs of shape {getattr(outputs, 'shape', None)}; {self.family} wants "
-                    f"({num_outputs},)"
-                )
+            given = getattr(outputs, "shape", None)
+            if given != (num_outputs,):
+                raise ValueError(f"network gives outputs of shape {given}; {self.family} wants ({num_outputs},)")
 
     @property
     def family(self) -> Family:

@@ -66,7 +66,10 @@ def check_data(
 
 def described(support: constraints.Constraint) -> str:
     """What a discrete support wants, in words."""
-    return "bits are wanted, 0 or 1" if support is constraints.boolean else f"{support} is wanted"
+    if support is constraints.boolean:
+        return "bits are wanted, 0 or 1"
+    low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    return f"{support} is wanted" if high is None else f"integers from {low} to {high} are wanted"
 
 
 def check_support(

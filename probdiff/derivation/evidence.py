@@ -16,6 +16,7 @@ from scipy import stats
 
 from probdiff.derivation.estimates import Estimate, from_draws, untrusted
 from probdiff.derivation.gradient import Slope, slopes
+from probdiff.derivation.grids import grid
 from probdiff.derivation.ledger import Comparison, bernstein, compare, monte_carlo
 from probdiff.derivation.pair import Chain, Pair, Path
 from probdiff.derivation.score import MeanSlope
@@ -379,29 +380,3 @@ def stray_dependencies(chain: Chain, x_0: Array) -> list[str]:
         reads = [name for name in relations[f"x_{t}"] if name not in allowed and (name == "given" or name[:2] == "x_")]
         stray += [f"x_{t} reads {'x_0' if name == 'given' else name}" for name in reads]
     return stray
-
-
-_MOST_ENTRIES = 5e7  # of the kernels on the nodes, T·M²
-
-
-def grid(pair: Pair, y: Float[np.ndarray, "M *D"]) -> Grid | None:
-    """The chain p of a pair on the nodes y, (M,) on the line or (M, D) of bits; None where it takes too much memory."""
-    T, event = pair.num_timesteps, pair.x.shape[1:]
-    if T * len(y) ** 2 > _MOST_ENTRIES:
-        return None
-    dtype = pair.x.dtype if y.ndim == 2 else None
-    nodes = jnp.asarray(y, dtype).reshape(-1, *event)
-    to, one = nodes[:, None], pair.x[:1]
-
-    def columns(x_t: jax.Array) -> dict[int, jax.Array]:
-        path = {t: jnp.broadcast_to(x_t, one.shape) for t in pair.p.times}
-        return {t: kernel.log_prob(to)[:, 0] for t, kernel in pair.p.kernels(path).items()}
-
-    log_p = {t: _finite(np.asarray(block, np.float64)) for t, block in jax.vmap(columns)(nodes).items()}
-    kernels = np.stack([log_p[t].T for t in range(T)])
-    return Grid(y, log_p[T][0], kernels, _finite(pair.log_p_given_x_1(nodes)).T)
-
-
-def _finite(log_p: np.ndarray) -> np.ndarray:
-    """With a number in place of −∞, so that where q has no mass either nothing is left of it."""
-    return np.maximum(log_p, -1e100)
