@@ -17,6 +17,8 @@ from numpy.polynomial.hermite_e import hermegauss
 from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
+from probdiff.reference.mixtures import components_given
+
 type Row = Float[np.ndarray, " K"]
 
 
@@ -43,12 +45,10 @@ class Mixture:
 
         x_t and beta of shape (…, 1) give the mixture leading axes.
         """
-        beta = np.asarray(beta)
-        shrink = np.sqrt(1 - beta)
-        variance = 1 / (1 / self.stds**2 + (1 - beta) / beta)
-        means = variance * (self.means / self.stds**2 + shrink * np.asarray(x_t) / beta)
-        of_x_t = beta + (1 - beta) * self.stds**2
-        log_weights = np.log(self.weights) - 0.5 * np.log(of_x_t) - 0.5 * (x_t - shrink * self.means) ** 2 / of_x_t
+        x_t, beta = np.asarray(x_t), np.asarray(beta)
+        log_weights, means, variance = components_given(
+            self.weights, self.means, self.stds**2, x_t, np.sqrt(1 - beta), beta
+        )
         weights = np.exp(log_weights - logsumexp(log_weights, axis=-1, keepdims=True))
         return Mixture(weights, means, np.broadcast_to(np.sqrt(variance), means.shape))
 

@@ -21,6 +21,7 @@ from scipy.optimize import minimize
 
 from probdiff import schedules
 from probdiff.datasets.synthetic import GaussianMixture
+from probdiff.reference.mixtures import components_given
 
 type Components = tuple[np.ndarray, np.ndarray, np.ndarray]  # weights, means and variances, each (K,)
 
@@ -106,14 +107,13 @@ def _given_x_t(
 ) -> tuple[Array, Array, Array]:
     """log q(x_t), and mean and variance of x_0 given x_t; `noise_variance` is 1 − ᾱ_t. All broadcast."""
     weights, means, variances = components
-    a, noise_variance = alpha_bar[..., None], noise_variance[..., None]
-    total = a * variances + noise_variance
-    residual = x_t[..., None] - jnp.sqrt(a) * means
-    log_joint = jnp.log(weights) - 0.5 * residual**2 / total - 0.5 * jnp.log(2 * jnp.pi * total)
+    shrink, x_t = jnp.sqrt(alpha_bar)[..., None], x_t[..., None]
+    log_joint, component_means, component_variances = components_given(
+        weights, means, variances, x_t, shrink, noise_variance[..., None], jnp
+    )
     share = jax.nn.softmax(log_joint)
-    of_component = means + jnp.sqrt(a) * variances / total * residual
-    mean = jnp.sum(share * of_component, -1)
-    variance = jnp.sum(share * (variances * noise_variance / total + (of_component - mean[..., None]) ** 2), -1)
+    mean = jnp.sum(share * component_means, -1)
+    variance = jnp.sum(share * (component_variances + (component_means - mean[..., None]) ** 2), -1)
     return jax.nn.logsumexp(log_joint, -1), mean, variance
 
 
