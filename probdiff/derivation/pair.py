@@ -160,6 +160,8 @@ def _problems(name: str, sites: Sites, x_0: Event, wanted: range) -> list[str]:
         if site["is_observed"] != (site_name == "x_0"):
             problems.append(f"{name}'s site {site_name} is {'' if site['is_observed'] else 'not '}observed")
         fn = site["fn"]
+        if wrong := invalid_parameter(fn):
+            problems.append(f"{name}'s site {site_name}, a {type(kernel_base(fn)).__name__}, has an invalid {wrong}")
         if (fn.batch_shape, fn.event_shape) != ((n,), tuple(event)):
             problems.append(
                 f"{name}'s site {site_name} has batch_shape {fn.batch_shape} and event_shape {fn.event_shape}; "
@@ -202,10 +204,10 @@ class Pair:
     def _initial(self, chain: Chain, params: Params) -> list[Sites]:
         """The sites on one datum and on all."""
         chain.params.update(params)
-        found = []
+        found: list[Sites] = []
         for x in (self.x[:1], self.x):
             try:
-                found.append(chain.described(x))
+                found.append(chain.described(x) if len(found) == 0 else chain.trace(x, {}, jax.random.key(0)))
             except Exception as error:  # whatever a user's program may raise
                 chain.problems.append(f"{chain.name} cannot be run on x of shape {x.shape}: {_one_line(error)}")
                 found.append({})
@@ -304,6 +306,18 @@ def kernel_base(kernel: dist.Distribution) -> dist.Distribution:
     while isinstance(kernel, dist.ExpandedDistribution | dist.Independent):
         kernel = kernel.base_dist
     return kernel
+
+
+def invalid_parameter(kernel: dist.Distribution) -> str | None:
+    """The name of a parameter that does not satisfy its constraint, where its numbers are known."""
+    base = kernel_base(_unmasked(kernel))
+    for name, constraint in base.arg_constraints.items():
+        value = vars(base).get(name)
+        if value is None or isinstance(value, jax.core.Tracer) or dist.constraints.is_dependent(constraint):
+            continue
+        if not np.all(constraint(np.asarray(value))):
+            return name
+    return None
 
 
 @compiled

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import jax
 import numpyro
 import numpyro.distributions as dist
+import pytest
 
 from probdiff.derivation.pair import Chain
 
@@ -53,6 +54,11 @@ class Hand:
                 with self.wrap_model(f"x_{t - 1}"):
                     x = xs[t - 1] = numpyro.sample(f"x_{t - 1}", kernel, obs=x_0 if t == 1 else None)
             self.extra_model({**xs, 0: x_0})
+
+
+def slow_if(names, slow):
+    """The names as cases, some of which are run with the slow tests alone."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def only(name, handler):
