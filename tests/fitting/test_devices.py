@@ -129,7 +129,7 @@ def test_an_error_of_one_process_is_that_of_all(tmp_path):
     """Other data in the second process; a folder that holds a run; validation that the first finds not finite."""
     code = """
 from pathlib import Path
-from probdiff import likelihood
+from probdiff.likelihood import result
 said = []
 def wrong(kind, **options):
     try:
@@ -146,7 +146,7 @@ if index == 0:
     Path(sys.argv[1] + "-run/configuration.json").write_text("{}")
 wrong(FileExistsError, folder="-run")
 if index == 0:
-    likelihood.elbo = lambda *_, **__: result.LogLikelihood(np.array([np.nan]), np.zeros(1), "lower bound")
+    training.elbo = lambda *_, **__: result.LogLikelihood(np.array([np.nan]), np.zeros(1), "lower bound")
 wrong(FloatingPointError)
 save(np.array(said))
 """
