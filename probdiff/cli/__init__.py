@@ -1,5 +1,5 @@
 """The command line."""
 
-from probdiff.cli.commands import main
+from probdiff.cli.main import main
 
 __all__ = ["main"]

@@ -1,34 +1,26 @@
-"""The command line: `probdiff fit`, `report`, `sample`, `impute` and `check`."""
+"""The command line: `probdiff fit`, `report`, `sample` and `impute`."""
 
 import json
-import os
-import sys
 import time
-import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import numpy as np
 import pandas as pd
 import typer
-from numpyro import handlers
 
-from probdiff import datasets, derivation, families, networks, schedules
-from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
+from probdiff import datasets, families
 from probdiff.checks import check_count
-from probdiff.cli.processes import start_processes
+from probdiff.cli.app import app
+from probdiff.cli.evaluation import report as report_on
+from probdiff.cli.processes import give_each_fit_a_device, start_processes
 from probdiff.cli.run import SCHEDULES, Run, described, digest
 from probdiff.files import atomic_write
 from probdiff.fitting import devices
 from probdiff.fitting.fit import fit as fit_diffusion
 from probdiff.posterior.imputation import NUM_FILTERS
 from probdiff.posterior.imputation import impute as impute_table
-
-app = typer.Typer(
-    help="Diffusion probabilistic models as NumPyro programs.", rich_markup_mode=None, pretty_exceptions_enable=False,
-    add_completion=False, no_args_is_help=True,
-)  # fmt: skip
 
 _DATA = (
     "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file; of bits heartbeat, "
@@ -66,12 +58,34 @@ def fit(
     processes: Annotated[int, typer.Option(help=_PROCESSES)] = 1,
 ) -> None:  # fmt: skip
     """Fit a diffusion, and leave a run folder with figures, a table and an ArviZ file."""
-    options = {name: value for name, value in locals().items() if name not in ("out", "resume", "processes")}
     of_bits = binary or data in datasets.BITS
-    options["num_timesteps"] = (200 if of_bits else 40) if num_timesteps is None else num_timesteps
-    options["schedule"] = schedule or ("harmonic" if of_bits else "learned-betas")
+    if num_timesteps is None:
+        num_timesteps = 200 if of_bits else 40
+    options = {
+        "data": data,
+        "columns": columns,
+        "dequantise": dequantise,
+        "binary": binary,
+        "test_fraction": test_fraction,
+        "noise": noise,
+        "num_timesteps": num_timesteps,
+        "schedule": schedule or ("harmonic" if of_bits else "learned-betas"),
+        "covariance": covariance,
+        "base_rate": base_rate,
+        "components": components,
+        "width": width,
+        "depth": depth,
+        "num_steps": num_steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "patience": patience,
+        "num_chains": num_chains,
+        "seed": seed,
+    }
     if processes < 0:
         raise ValueError(f"--processes is {processes}; it must be 1 or more, or 0 for one of those started elsewhere")
+    if processes == 1:
+        give_each_fit_a_device(num_chains)
     if processes != 1 and not jax.distributed.is_initialized():
         if processes:
             raise typer.Exit(start_processes(processes))
@@ -109,7 +123,7 @@ def fit(
     options["held out"] = digest(data_split.test)
     with atomic_write(run.folder / "run.json") as file:
         file.write_text(json.dumps(options, indent=1))
-    run.report(fitted, data_split, fitting=time.perf_counter() - start)
+    report_on(run, fitted, data_split, fitting=time.perf_counter() - start)
 
 
 @app.command()
@@ -119,7 +133,7 @@ def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     d, data_split = opened.prepare()
     if opened.options["held out"] != digest(data_split.test):
         raise ValueError(f"{opened.options['data']} has changed since the fit, so its held-out rows are not known")
-    opened.report(opened.load(d), data_split)
+    report_on(opened, opened.load(d), data_split)
 
 
 @app.command()
@@ -186,75 +200,3 @@ def impute(
         f"{np.isnan(x).sum():,} empty cells in {len(x):,} rows filled {num_draws} times in {out}, all draws in {tree}; "
         f"at least {least:,.0f} effective draws behind each"
     )
-
-
-@app.command()
-def check(
-    run: Annotated[
-        Path | None,
-        typer.Argument(help="run folder; or swiss-roll or heartbeat, not yet fitted, T = 40 [default: swiss-roll]"),
-    ] = None,
-    chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
-    num_draws: Annotated[int, typer.Option(help="paths for each datum")] = 1000,
-    max_data: Annotated[int, typer.Option(help="held-out data to use")] = 16,
-    float32: Annotated[bool, typer.Option("--float32", help="in single precision [default: double]")] = False,
-    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
-) -> None:
-    """Check the derivation, N1…N17, on a pair of chains: one row for each statement. Exits with 1 where one fails."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    key, key_data, key_params = (keys[i] for i in range(3))
-    schedule, network = schedules.LearnedBetas(40), networks.ResidualMLP()
-    starts: dict[str, tuple[Any, Diffusion]] = {
-        "swiss-roll": (datasets.SwissRoll(0.5), GaussianDiffusion((2,), schedule, network, "full")),
-        "heartbeat": (datasets.Heartbeat(), BinomialDiffusion((20,), schedule, network)),
-    }
-    name = "swiss-roll" if run is None else str(run)
-    opened = None if name in starts and not Path(name).exists() else Run.open(Path(name))
-    prepared = None if opened is None else opened.prepare()  # in the precision of the fit: its held-out rows
-    with jax.enable_x64(not float32):
-        if opened is None or prepared is None:
-            data, d = starts[name]
-            x = np.asarray(jax.jit(data.sample, static_argnums=1)(key_data, max_data))
-            params = derivation.typical_params(d, key_params)
-        else:
-            d, data_split = prepared
-            fitted = opened.load(d)
-            fitted = fitted.chain(fitted.best if chain is None else chain)
-            x, params = fitted.standardise(data_split.test), fitted.params
-        ledger = derivation.check(
-            d.reverse,
-            d.forward,
-            x,
-            rng_key=key,
-            params=params,
-            beta=handlers.substitute(d.schedule, data=params)().beta if "beta" not in params else None,
-            forms=derivation.forms(d),
-            num_draws=num_draws,
-            max_data=max_data,
-        )
-    print(ledger)
-    raise typer.Exit(1 if ledger.failures else 0)
-
-
-def _tell(error: Exception, message: str) -> None:
-    if devices.OF_FIRST not in getattr(error, "__notes__", ()):  # else the first process tells it
-        print(f"probdiff: {message}", file=sys.stderr)
-
-
-def main() -> None:
-    """Runs the command; an error is one line on standard error and a non-zero exit."""
-    warnings.showwarning = lambda message, *_: print(f"probdiff: warning: {message}", file=sys.stderr)
-    try:
-        code = app(standalone_mode=False)
-    except typer.Abort:
-        code = 130
-    except typer.TyperException as error:
-        _tell(error, getattr(error, "format_message", error.__str__)())
-        code = getattr(error, "exit_code", 2)
-    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
-        _tell(error, " ".join(str(error).split()))
-        code = 1
-    if code and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(code)  # not waiting for the other processes, which wait for this one
-    sys.exit(code)

@@ -1,1 +1,1 @@
-"""Stochastic variational inference of a chain."""
+"""Stochastic variational inference of a diffusion."""

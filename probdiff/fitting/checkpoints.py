@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-import re
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from probdiff.files import atomic_write, check_space
 from probdiff.fitting.devices import from_first_process
 from probdiff.fitting.streams import Stream
 from probdiff.types import Data, Key
+
+_EARLIER = {"optimizer": None}  # what runs had before it could be chosen
 
 
 def _digest(leaves: list[Any]) -> str:
@@ -34,6 +38,36 @@ def _raw(tree: Any) -> list[np.ndarray]:
     ]
 
 
+def program_digest(program: Callable[..., Any], *arguments: Any) -> str:
+    """SHA-256 of what a function computes from arguments of these shapes: its jaxpr and the constants in it."""
+    closed = jax.make_jaxpr(program)(*arguments)
+    return hashlib.sha256(f"{closed.jaxpr} {_digest(_raw(closed.consts))}".encode()).hexdigest()
+
+
+def description(value: Any) -> Any:
+    """A value for JSON that is the same in every process: dataclasses by their fields, arrays by shape and digest.
+
+    An Equinox module is a dataclass; another object is described by its attributes, and a function by its name.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return {"dtype": str(value.dtype), "shape": list(value.shape), "sha256": _digest(_raw(value))}
+    if isinstance(value, Mapping):
+        return {str(key): description(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [description(one) for one in value]
+    if isinstance(value, partial):
+        return {"partial": description(value.func), "args": description([value.args, value.keywords])}
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__qualname__
+    if is_dataclass(value):
+        held = {field.name: getattr(value, field.name, None) for field in fields(value)}
+    else:
+        held = getattr(value, "__dict__", {})
+    return {"class": type(value).__qualname__, **{name: description(one) for name, one in held.items()}}
+
+
 def configuration(
     settings: dict[str, Any],
     d: Any,
@@ -44,13 +78,11 @@ def configuration(
     state: Any,
 ) -> dict[str, Any]:
     """What must be the same in the run that a checkpoint goes on with."""
-    with np.printoptions(threshold=10**9, precision=17):
-        program = re.sub(r" at 0x[0-9a-f]+", "", repr(d))  # an address is another in each process
     # of a file its units, the mean and the standard deviation, stand for the rows
     whole = [x.shape, x.starts, *units] if isinstance(x, Stream) else [x, *units]
     return {
         **settings,
-        "diffusion": program,
+        "diffusion": description(d),
         "x": _digest(whole),
         "validation": None if validation is None else _digest([validation]),
         "rng_key": np.asarray(jax.random.key_data(rng_key)).tolist(),
@@ -86,13 +118,13 @@ class Checkpoints:
         if described.exists():
             if not resume:
                 raise FileExistsError(f"{directory} already holds a run: resume it, or choose another folder")
-            held = json.loads(described.read_text())
-            for name, value in configuration.items():
-                if held.get(name) != value:
-                    raise ValueError(
-                        f"{directory} holds a run of another configuration: its {name} is {_short(held.get(name))}, "
-                        f"this one's is {_short(value)}"
-                    )
+            other = _difference(_EARLIER | json.loads(described.read_text()), json.loads(json.dumps(configuration)))
+            if other is not None:
+                name, its, mine = other
+                raise ValueError(
+                    f"{directory} holds a run of another configuration: its {name} is {_short(its)}, "
+                    f"this one's is {_short(mine)}"
+                )
         else:
             with atomic_write(described) as file:
                 file.write_text(json.dumps(configuration, indent=1))
@@ -142,6 +174,23 @@ class Checkpoints:
             content = file.read_bytes()
             digest.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
         return digest.hexdigest()
+
+
+def _difference(held: dict[str, Any], mine: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first name under which two configurations differ, with both values.
+
+    What `held` has no value for, having been written by an earlier version, is not compared, nor is a diffusion that it
+    holds as text.
+    """
+    for name, value in mine.items():
+        its = held.get(name, value)
+        if isinstance(its, dict) and isinstance(value, dict):
+            inside = _difference(its, value)
+            if inside is not None:
+                return f"{name} {inside[0]}", *inside[1:]
+        elif its != value and not (name == "diffusion" and isinstance(its, str)):
+            return name, its, value
+    return None
 
 
 def _fill(template: Any, leaves: list[np.ndarray]) -> Any:

@@ -20,7 +20,7 @@ OF_FIRST = "raised in the first process"
 def choose_mesh(mesh: Mesh | None, num_chains: int, batch_size: int) -> Mesh | None:
     """`mesh`, checked; without one, all devices where there are several, and None where there is one.
 
-    The greatest common divisor of their number and `num_chains` is how many groups of devices hold chains of their
+    The greatest common divisor of their number and `num_chains` is how many groups of devices hold fits of their
     own; the devices of a group share each batch. Raises `ValueError` for other axes than "chain" and "data", and where
     an axis does not divide its count; warns where devices of this process are left idle.
     """
@@ -28,21 +28,21 @@ def choose_mesh(mesh: Mesh | None, num_chains: int, batch_size: int) -> Mesh | N
         devices = jax.devices()
         if len(devices) == 1:
             return None
-        chains = math.gcd(num_chains, len(devices))
-        shares = math.gcd(batch_size, len(devices) // chains)
-        if chains * shares < len(devices):
+        groups = math.gcd(num_chains, len(devices))
+        shares = math.gcd(batch_size, len(devices) // groups)
+        if groups * shares < len(devices):
             wanted = f"batch_size is {batch_size} and num_chains {num_chains}; for {len(devices)} devices"
             if jax.process_count() > 1:
                 raise ValueError(
                     f"{wanted} of {jax.process_count()} processes batch_size must be a multiple of "
-                    f"{len(devices) // chains}"
+                    f"{len(devices) // groups}"
                 )
             warnings.warn(
-                f"{wanted} to be used batch_size must be a multiple of {len(devices) // chains}; "
-                f"{chains * shares} are used",
+                f"{wanted} to be used batch_size must be a multiple of {len(devices) // groups}; "
+                f"{groups * shares} are used",
                 stacklevel=4,
             )
-        mesh = Mesh(np.array(devices[: chains * shares]).reshape(chains, shares), AXES)
+        mesh = Mesh(np.array(devices[: groups * shares]).reshape(groups, shares), AXES)
     if not isinstance(mesh, Mesh) or not set(mesh.axis_names) <= set(AXES):
         raise ValueError(
             f'mesh is {mesh!r}; it must be a jax.sharding.Mesh with axes "chain" and "data", or one of them'
@@ -58,19 +58,19 @@ def constrain(tree: Any, mesh: Mesh | None, *axes: str) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _sharding(mesh, *axes))
 
 
-def each_chain(program: Callable[..., Any], mesh: Mesh | None) -> Callable[[Any], Any]:
-    """`program(one)` for each chain: all chains to all results, both with a leading axis of chains.
+def each_fit(program: Callable[..., Any], mesh: Mesh | None) -> Callable[[Any], Any]:
+    """`program(one)` for each fit: all fits to all results, both with a leading axis of fits.
 
-    A matrix product with a leading axis of chains runs at half the speed of one without on a CPU. So chains are taken
+    A matrix product with a leading axis of fits runs at half the speed of one without on a CPU. So fits are taken
     one after the other there, and side by side on a GPU and where the mesh has devices for them.
     """
 
-    def run(chains: Any) -> Any:
+    def run(fits: Any) -> Any:
         if mesh is not None and mesh.shape.get("chain", 1) > 1:
-            return jax.vmap(program, spmd_axis_name="chain")(chains)
-        if len(jax.tree.leaves(chains)[0]) == 1:
-            return jax.tree.map(lambda leaf: leaf[None], program(jax.tree.map(lambda leaf: leaf[0], chains)))
-        return jax.lax.map(program, chains) if jax.default_backend() == "cpu" else jax.vmap(program)(chains)
+            return jax.vmap(program, spmd_axis_name="chain")(fits)
+        if len(jax.tree.leaves(fits)[0]) == 1:
+            return jax.tree.map(lambda leaf: leaf[None], program(jax.tree.map(lambda leaf: leaf[0], fits)))
+        return jax.lax.map(program, fits) if jax.default_backend() == "cpu" else jax.vmap(program)(fits)
 
     return run
 

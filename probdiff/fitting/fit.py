@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,8 +31,9 @@ def fit(
     num_chains: int = 1,
     objective: Objective = "at_time",
     times: Times = "weighted",
-    learning_rate: float = 2e-3,
-    gradient_clip: float = 1.0,
+    learning_rate: float | None = None,
+    gradient_clip: float | None = None,
+    optimizer: Any = None,
     check_every: int | None = None,
     validation: ArrayLike | float | None = None,
     patience: int | None = None,
@@ -47,9 +49,11 @@ def fit(
     less its mean and over its standard deviation, each feature apart; a `streams.stream` of a file stands for rows that
     do not fit in memory. For a binomial chain it is bits, 0 or 1 of any dtype, which stay as they are.
     `batch_size` is 512, and at most the rows that are fitted. `num_chains` independent fits run side by side. Among
-    several devices, those of `mesh` or else all, chains and batches are shared out over the mesh's axes "chain" and
+    several devices, those of `mesh` or else all, fits and batches are shared out over the mesh's axes "chain" and
     "data"; see `devices.choose_mesh`. Several processes must be given the same arguments, all of x too. `validation` is
     data (M, *event_shape) on which the best params are chosen, or the share of x to hold out for that, 0 for none.
+    The gradient is clipped to a norm of `gradient_clip`, 1, and Adam's steps fall from `learning_rate`, 2e-3, to zero;
+    `optimizer`, such as `optax.adamw(1e-3)` or an optimiser of NumPyro, takes the place of both.
 
     A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
     network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
@@ -83,16 +87,17 @@ def fit(
     if patience is not None and held_out is None:
         raise ValueError("patience wants validation data to watch; pass validation=")
     settings = Settings(
-        num_steps,
-        min(512 if batch_size is None else batch_size, data.shape[0]),
-        num_chains,
-        objective,
-        learning_rate,
-        gradient_clip,
-        check_every if check_every is not None else 500 if held_out is None else 100,
-        patience,
-        few if dropout is None else dropout,
-        times,
+        num_steps=num_steps,
+        batch_size=min(512 if batch_size is None else batch_size, data.shape[0]),
+        num_chains=num_chains,
+        objective=objective,
+        times=times,
+        learning_rate=learning_rate,
+        gradient_clip=gradient_clip,
+        optimizer=optimizer,
+        check_every=check_every if check_every is not None else 500 if held_out is None else 100,
+        patience=patience,
+        dropout=few if dropout is None else dropout,
     )
     trained = train(
         d,

@@ -1,11 +1,11 @@
-"""Stochastic variational inference of one or several chains: `SVI.init` and `SVI.update` in one compiled loop.
+"""Stochastic variational inference of fits side by side: `SVI.init` and `SVI.update` in one compiled loop.
 
 Progress, early stopping on validation data, checkpoints and resume.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,8 +21,9 @@ from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from tqdm.auto import tqdm
 
 from probdiff.chains import Diffusion
+from probdiff.checks import check_count
 from probdiff.fitting import devices
-from probdiff.fitting.checkpoints import Checkpoints, configuration
+from probdiff.fitting.checkpoints import Checkpoints, configuration, program_digest
 from probdiff.fitting.streams import Stream
 from probdiff.fitting.times import time_probs
 from probdiff.likelihood.elbo import elbo
@@ -38,48 +39,69 @@ _SCHEDULE_RATE = 10.0  # logits of β_t travel by several units, weights of a ne
 
 @dataclass(frozen=True)
 class Settings:
-    """How a chain is fitted.
+    """How a diffusion is fitted.
 
     `objective`: "at_time" (one t per datum), "mean_field" (all t, closed-form KLs) or "trace" (all t, N17 as it is).
     `times`, of "at_time": "even", all t alike, or "weighted", by `time_probs`, anew at every check.
-    The learning rate falls from `learning_rate`, and from ten times that for the schedule's params, to zero along a
-    cosine over `num_steps`; `gradient_clip` bounds the global norm of the gradient of the loss per datum, for bits that
-    of the network's params alone. Progress, validation and checkpoints come every `check_every` steps. With `patience`,
-    fitting stops when no chain's validation ELBO has risen for that many checks. With `dropout`, the losses are those
-    of a network with units left out.
+    Adam's learning rate falls from `learning_rate`, 2e-3, and from ten times that for the schedule's params, to zero
+    along a cosine over `num_steps`; `gradient_clip`, 1, bounds the global norm of the gradient of the loss per datum,
+    for bits that of the network's params alone. `optimizer`, an Optax transformation or an optimiser of NumPyro, takes
+    the place of all of that; it is given the loss per datum's gradient in the unconstrained params. Progress,
+    validation and checkpoints come every `check_every` steps. With `patience`, fitting stops when no fit's validation
+    ELBO has risen for that many checks. With `dropout`, the losses are those of a network with units left out.
+    Raises `ValueError` for a value out of its range, and for a learning_rate or a gradient_clip beside an optimizer;
+    `TypeError` for an optimizer that is none.
     """
 
     num_steps: int = 20_000
     batch_size: int = 512
     num_chains: int = 1
     objective: Objective = "at_time"
-    learning_rate: float = 2e-3
-    gradient_clip: float = 1.0
+    learning_rate: float | None = None
+    gradient_clip: float | None = None
     check_every: int = 500
     patience: int | None = None
     dropout: bool = False
-    times: Times = "even"
+    times: Times = "weighted"
+    optimizer: Any = None
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "num_chains", "check_every", "patience"):
             value = getattr(self, name)
             if name == "patience" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+            check_count(value, name, 1)
             object.__setattr__(self, name, int(value))
-        for name in ("learning_rate", "gradient_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
-            object.__setattr__(self, name, float(getattr(self, name)))
+        for name, default in (("learning_rate", 2e-3), ("gradient_clip", 1.0)):
+            value = getattr(self, name)
+            if self.optimizer is not None:
+                if value is not None:
+                    raise ValueError(f"{name} is {value}, and optimizer is given, which has its own; leave one out")
+                continue
+            value = default if value is None else value
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be positive and finite")
+            object.__setattr__(self, name, float(value))
+        _check_optimizer(self.optimizer)
         for name, kinds in (("objective", Objective), ("times", Times)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kinds))}")
 
 
+def _check_optimizer(optimizer: Any) -> None:
+    if optimizer is None or isinstance(optimizer, optax.GradientTransformation):
+        return
+    # NumPyro's own optimisers share a class that has no public name
+    if isinstance(optimizer, type) or not all(hasattr(optimizer, name) for name in ("init", "update", "get_params")):
+        raise TypeError(
+            f"optimizer is {optimizer!r}; it must be an Optax transformation such as optax.adamw(1e-3), "
+            "or an optimiser of NumPyro"
+        )
+
+
 @dataclass(frozen=True)
 class Trained:
-    """Constrained params with a leading axis of C chains; losses (C, steps) and validation ELBO (C, checks) in nats."""
+    """Constrained params with a leading axis of C fits; losses (C, steps) and validation ELBO (C, checks) in nats."""
 
     params: Params
     losses: np.ndarray
@@ -106,19 +128,28 @@ def make_svi(d: Diffusion, settings: Settings) -> SVI:
         "mean_field": (reverse, forward, TraceMeanField_ELBO()),
         "trace": trace,
     }[settings.objective]
-    rate = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
-    of_network = lambda params: {name: name == "network$params" for name in params}  # noqa: E731
-    of_schedule = lambda params: {name: name != "network$params" for name in params}  # noqa: E731
-    clip = optax.clip_by_global_norm(settings.gradient_clip)
-    if d.family.support.is_discrete:  # the score function is large at rare draws, and small without them
-        clip = optax.masked(clip, of_network)
-    optimizer = optax.chain(clip, optax.adam(rate), optax.masked(optax.scale(_SCHEDULE_RATE), of_schedule))
     return SVI(
         handlers.scale(model, scale=1 / settings.batch_size),
         handlers.scale(guide, scale=1 / settings.batch_size),
-        optimizer,
+        _adam(d, settings) if settings.optimizer is None else settings.optimizer,
         loss,
     )
+
+
+def _adam(d: Diffusion, settings: Settings) -> optax.GradientTransformation:
+    """Adam on a clipped gradient, its learning rate falling along a cosine, larger for the schedule's params."""
+    assert settings.learning_rate is not None
+    assert settings.gradient_clip is not None
+    rate = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
+    clip = optax.clip_by_global_norm(settings.gradient_clip)
+    if d.family.support.is_discrete:  # the score function is large at rare draws, and small without them
+        clip = optax.masked(clip, partial(_mask, network=True))
+    return optax.chain(clip, optax.adam(rate), optax.masked(optax.scale(_SCHEDULE_RATE), partial(_mask, network=False)))
+
+
+def _mask(params: Params, network: bool) -> dict[str, bool]:
+    """Which params are the network's, or else the schedule's."""
+    return {name: (name == "network$params") is network for name in params}
 
 
 def _has_params(schedule: Schedule) -> bool:
@@ -126,7 +157,7 @@ def _has_params(schedule: Schedule) -> bool:
 
 
 def start_state(svi: SVI, x: Data, rng_keys: Key) -> tuple[Any, Params]:
-    """The state of SVI before the first step, with a leading axis of C chains, and its params."""
+    """The state of SVI before the first step, with a leading axis of C fits, and its params."""
 
     @jax.jit
     def start(rng_keys: Key) -> tuple[Any, Params]:
@@ -147,7 +178,7 @@ def make_steps(d: Diffusion, svi: SVI, settings: Settings, mesh: Mesh | None) ->
     def run(
         state: Any, average: Params | None, x: Data, num_rows: int, batch_keys: Key, start: int, stop: int
     ) -> tuple[Any, Params, Params | None, Any]:
-        def one_chain(one: tuple[Any, Params | None, Key]) -> tuple[Any, Params, Params | None, Any]:
+        def advance(one: tuple[Any, Params | None, Key]) -> tuple[Any, Params, Params | None, Any]:
             state, average, batch_key = one
             options = {}
             if settings.objective == "at_time" and settings.times == "weighted":
@@ -168,7 +199,7 @@ def make_steps(d: Diffusion, svi: SVI, settings: Settings, mesh: Mesh | None) ->
             state, average, losses = jax.lax.fori_loop(start, stop, step, (state, average, losses))
             return state, svi.get_params(state), average, losses
 
-        return devices.each_chain(one_chain, mesh)((state, average, batch_keys))
+        return devices.each_fit(advance, mesh)((state, average, batch_keys))
 
     return run
 
@@ -186,14 +217,14 @@ def train(
     progress_bar: bool = True,
     mesh: Mesh | None = None,
 ) -> Trained:
-    """Fits C chains side by side to x (N, *event_shape), in the chain's own units, by minimising the negative of N17.
+    """Makes C fits side by side to x (N, *event_shape), in the chain's own units, by minimising the negative of N17.
 
     `units`, where those have zero and one in the data's, tell data apart that are the same but for their units.
     The rows of each batch are drawn on the device, with replacement; those of a `Stream` from one buffer after the
     other, a new one after every check. With `validation` data, what is checked is a moving average of the params over
-    the last hundred steps or so, and each chain keeps that of its best check. With `checkpoint_dir`, `resume=True` goes
+    the last hundred steps or so, and each fit keeps that of its best check. With `checkpoint_dir`, `resume=True` goes
     on from the newest whole checkpoint and ends with the same bits as a run that never stopped, on the same devices.
-    Among several devices chains and batches are shared out as `devices.choose_mesh` says.
+    Among several devices fits and batches are shared out as `devices.choose_mesh` says.
     Raises `FloatingPointError` where the loss stops being finite; `FileExistsError` where `checkpoint_dir` holds
     a run and `resume` is false; `ValueError` where it holds a run of another configuration, and where several processes
     are given different arguments. What the first of several processes raises in a check or a checkpoint, all raise.
@@ -218,7 +249,7 @@ def train(
     run = make_steps(d, svi, settings, mesh)
     first_check, checkpoints = 0, None
     if checkpoint_dir is not None or jax.process_count() > 1:
-        arguments = configuration(asdict(settings), d, x, units, validation, rng_key, state)
+        arguments = configuration(_described(settings, svi, state), d, x, units, validation, rng_key, state)
         layout = None if mesh is None else mesh.shape
         devices.check_same(arguments | {"checkpoint_dir": checkpoint_dir is None, "mesh": layout})
     if checkpoint_dir is not None:
@@ -269,6 +300,17 @@ def train(
     )
 
 
+def _described(settings: Settings, svi: SVI, state: Any) -> dict[str, Any]:
+    """The settings by value; of an optimizer that was given, a digest of what it makes of a gradient and a loss."""
+    described = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    if settings.optimizer is not None:
+        of_one_fit = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.optim_state)
+        gradient = jax.eval_shape(svi.optim.get_params, of_one_fit)
+        loss = jax.ShapeDtypeStruct((), jnp.result_type(float))
+        described["optimizer"] = program_digest(svi.optim.update, gradient, of_one_fit, loss)
+    return described
+
+
 def _buffers(
     x: Data | Stream, settings: Settings, first_check: int, mesh: Mesh | None
 ) -> Iterator[tuple[jax.Array, int]]:
@@ -284,7 +326,7 @@ def _buffers(
 
 
 def _validate(d: Diffusion, params: Params, validation: Data, rng_key: Key, step: int) -> Float[np.ndarray, " C"]:
-    """The ELBO of each chain, nats per datum."""
+    """The ELBO of each fit, nats per datum."""
     C = len(jax.tree.leaves(params)[0])
     fits = [one_fit(params, c) for c in range(C)]
     bounds = [elbo(d, of_fit, validation, rng_key=rng_key, num_draws=2) for of_fit in fits]
@@ -295,7 +337,7 @@ def _validate(d: Diffusion, params: Params, validation: Data, rng_key: Key, step
 
 
 def _choose(better: np.ndarray, new: Params, old: Params) -> Params:
-    """The new params of the chains that are better, the old ones of the rest."""
+    """The new params of the fits that are better, the old ones of the rest."""
     return jax.tree.map(lambda a, b: jnp.where(better.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), new, old)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import arviz as az
@@ -14,25 +15,10 @@ import pandas as pd
 import pytest
 
 from probdiff import cli
-from probdiff.cli import commands
+from probdiff.cli import checking, commands
 
 QUICK = ["--num-timesteps=4", "--num-steps=40", "--width=8", "--depth=1", "--patience=0"]
 FIGURES = {"samples", "marginals", "distances", "schedule", "elbo_parts", "loss"}
-
-
-def run(monkeypatch, capsys, *arguments):
-    """The exit code, and what the command printed on standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["probdiff", *map(str, arguments)])
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return (stopped.value.code or 0, *capsys.readouterr())
-
-
-@pytest.fixture
-def probdiff(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: run(monkeypatch, capsys, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +79,12 @@ def test_impute_fills_the_empty_cells_alone(probdiff, own):
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")
-def test_impute_takes_for_integers_what_the_fit_took_for_them(probdiff):
+def test_impute_takes_for_integers_what_the_fit_took_for_them(probdiff, monkeypatch):
     """By the dtype of the column in the training table, and not by the values in either."""
     rng = np.random.default_rng(0)
     table = pd.DataFrame({"count": rng.poisson(30, 200), "tens": np.round(rng.normal(size=200) * 10)})
     table.to_csv("mixed.csv", index=False)
+    monkeypatch.setattr(commands, "report_on", lambda *_, **__: None)
     code, _, complaint = probdiff("fit", "mixed.csv", *QUICK, "--dequantise", "--num-chains", 1)
     assert not code, complaint
     holes = table.head(4).astype(float)
@@ -131,9 +118,12 @@ def test_check_prints_the_ledger_of_a_run_and_exits_with_one_where_a_row_fails(o
     assert code == 0, out + err
     tags = [line.split()[0] for line in out.splitlines() if line.startswith("N")]
     assert tags[1:] == [f"N{i}" for i in range(1, 18)]  # after the title
-    real = commands.derivation.check
-    swapped = lambda model, guide, *args, **kwargs: real(guide, model, *args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(commands.derivation, "check", swapped)
+    real = checking.derivation.check
+
+    def swapped(model, guide, *args, **kwargs):
+        return real(guide, model, *args, **kwargs)
+
+    monkeypatch.setattr(checking.derivation, "check", swapped)
     code, out, err = probdiff("check", own)
     assert code == 1
     assert "are model and guide swapped?" in out
@@ -315,10 +305,14 @@ def test_mistakes_are_told_in_one_line(probdiff, case):
     assert not Path("runs").exists()
 
 
+def test_version_is_that_of_the_package(probdiff):
+    assert probdiff("--version") == (0, f"probdiff {version('probdiff')}\n", "")
+
+
 def test_help_names_every_command(probdiff):
     code, out, _ = probdiff("--help")
     assert code == 0
-    for command in ("fit", "report", "sample"):
+    for command in ("fit", "report", "sample", "impute", "check", "--version"):
         assert command in out
 
 
@@ -327,7 +321,10 @@ def test_two_processes_fit_one_run_and_tell_an_error_once(tmp_path):
     table = pd.DataFrame(np.random.default_rng(0).normal(size=(300, 2)), columns=["a", "b"])
     table.to_csv(tmp_path / "own.csv", index=False)
     start = [sys.executable, "-c", "from probdiff.cli import main; main()", "fit", "own.csv", *QUICK]
-    fit = lambda: subprocess.run([*start, "--processes=2"], cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
+
+    def fit():
+        return subprocess.run([*start, "--processes=2"], cwd=tmp_path, capture_output=True, text=True, check=False)
+
     done = fit()
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("own.csv: 240 rows") == 1

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from probdiff import GaussianDiffusion, devices, schedules
-from probdiff.fitting.checkpoints import configuration
+from probdiff import devices
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -21,14 +20,14 @@ sys.path[:0] = [{tests!r}, {tests!r} + "/fitting"]
 address, index, count = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 if count > 1:
     jax.distributed.initialize(address, count, index)
-import test_loop as test_training
+import test_loop
 from helpers.diffusions import mlp_diffusion
 from probdiff.fitting import checkpoints
 from probdiff.fitting import loop as training
-def fit(num_chains=1, mesh=None, *, folder=None, x=test_training.X[:61], **options):
-    settings = training.Settings(num_steps=20, batch_size=16, num_chains=num_chains, check_every=10)
+def fit(num_chains=1, mesh=None, *, folder=None, x=test_loop.X[:61], **options):
+    settings = training.Settings(num_steps=20, batch_size=16, num_chains=num_chains, check_every=10, times="even")
     return training.train(
-        mlp_diffusion(), x, settings, rng_key=test_training.KEY, validation=test_training.X[61:],
+        mlp_diffusion(), x, settings, rng_key=test_loop.KEY, validation=test_loop.X[61:],
         checkpoint_dir=folder and sys.argv[1] + folder, progress_bar=False, mesh=mesh, **options,
     )
 def save(*trees):
@@ -100,9 +99,10 @@ def test_eight_devices_fit_as_one_does(alone, tmp_path):
     np.testing.assert_array_equal(where, [[8, 8, 1], [8, 16, 1]])  # devices, rows on each, chains on each
 
 
-def test_two_processes_fit_the_same_data_and_end_with_the_same_params(alone, tmp_path):
-    """Joined by `jax.distributed` over loopback; stopped after one check, they go on to the same bits."""
-    code = """
+TWO = """
+from pathlib import Path
+import probdiff
+from probdiff.likelihood import result
 whole = fit(folder="-whole")
 save_one = checkpoints.Checkpoints.save
 def stopping(self, check, tree):
@@ -114,9 +114,34 @@ try:
 except RuntimeError:
     pass
 checkpoints.Checkpoints.save = save_one
-save(kept([whole, fit(folder="-run", resume=True)]))
+resumed = fit(folder="-run", resume=True)
+said = []
+def wrong(kind, fit=fit, **options):
+    try:
+        fit(**options)
+    except kind as error:
+        said.append(str(error))
+wrong(ValueError, x=test_loop.X[:61] + index)
+def fit_in_units(x):
+    return probdiff.fit(mlp_diffusion(), x, rng_key=test_loop.KEY, num_steps=1, batch_size=4)
+wrong(ValueError, fit_in_units, x=test_loop.X * 2.0**index)  # the same, but for their units
+wrong(FileExistsError, folder="-run")
+if index == 0:
+    training.elbo = lambda *_, **__: result.LogLikelihood(np.array([np.nan]), np.zeros(1), "lower bound")
+wrong(FloatingPointError)
+save(kept([whole, resumed]), np.array(said))
 """
-    first, second = run(str(tmp_path / "fit"), code, count=2)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What each of two processes, joined by `jax.distributed` over loopback, fits and is told."""
+    return run(str(tmp_path_factory.mktemp("two") / "fit"), TWO, count=2)
+
+
+def test_two_processes_fit_the_same_data_and_end_with_the_same_params(alone, two):
+    """Stopped after one check, they go on to the same bits."""
+    (*first, _), (*second, _) = two
     for leaf, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(leaf, other)
     whole, resumed = first[: len(first) // 2], first[len(first) // 2 :]
@@ -125,32 +150,9 @@ save(kept([whole, fit(folder="-run", resume=True)]))
     agree(whole, alone[: len(whole)])
 
 
-def test_an_error_of_one_process_is_that_of_all(tmp_path):
+def test_an_error_of_one_process_is_that_of_all(two):
     """Other data in the second process; a folder that holds a run; validation that the first finds not finite."""
-    code = """
-from pathlib import Path
-from probdiff import likelihood
-said = []
-def wrong(kind, **options):
-    try:
-        fit(**options)
-    except kind as error:
-        said.append(str(error))
-wrong(ValueError, x=test_training.X[:61] + index)
-import probdiff
-fit_here, fit = fit, lambda x: probdiff.fit(mlp_diffusion(), x, rng_key=test_training.KEY, num_steps=1, batch_size=4)
-wrong(ValueError, x=test_training.X * 2.0**index)  # the same, but for their units
-fit = fit_here
-if index == 0:
-    Path(sys.argv[1] + "-run").mkdir()
-    Path(sys.argv[1] + "-run/configuration.json").write_text("{}")
-wrong(FileExistsError, folder="-run")
-if index == 0:
-    likelihood.elbo = lambda *_, **__: result.LogLikelihood(np.array([np.nan]), np.zeros(1), "lower bound")
-wrong(FloatingPointError)
-save(np.array(said))
-"""
-    for (said,) in run(str(tmp_path / "fit"), code, count=2):
+    for *_, said in two:
         assert said[0].startswith("x is not the same in every process: process 1 has another")
         assert said[1] == said[0]
         assert "already holds a run" in said[2]
@@ -165,19 +167,6 @@ def test_bad_meshes_are_refused(axes, words, monkeypatch):
     monkeypatch.setattr(Mesh, "shape", dict.fromkeys(axes, 3))  # one device here
     with pytest.raises(ValueError, match=words):
         devices.choose_mesh(Mesh(np.array(jax.devices()), axes), 2, 16)
-
-
-def test_a_diffusion_is_the_same_wherever_its_parts_lie_in_memory():
-    """Of a recipe without a `repr` of its own."""
-
-    class Recipe:
-        def build(self, *_): ...
-
-    made = [GaussianDiffusion((2,), schedules.linear(3), Recipe()) for _ in range(2)]
-    assert repr(made[0]) != repr(made[1])
-    x, key = np.zeros((2, 2)), jax.random.key(0)
-    first, second = (configuration({}, d, x, (0.0, 1.0), None, key, {}) for d in made)
-    assert first == second
 
 
 def test_devices_left_idle_are_told(monkeypatch):

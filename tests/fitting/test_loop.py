@@ -1,23 +1,18 @@
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import jax
 import numpy as np
+import numpyro
+import optax
 import pytest
 from helpers.diffusions import mlp_diffusion
+from numpyro import handlers
+from numpyro.infer import TraceMeanField_ELBO
 
-from probdiff import schedules
-from probdiff.fitting import checkpoints
+import probdiff
 from probdiff.fitting import loop as training
 from probdiff.likelihood import elbo as likelihood
 from probdiff.sampling import one_fit
 
-SETTINGS = training.Settings(num_steps=60, batch_size=16, num_chains=2, check_every=10)
+SETTINGS = training.Settings(num_steps=60, batch_size=16, num_chains=2, check_every=10, times="even")
 X = np.random.default_rng(0).normal(size=(64, 1)) * [1.0, -1.0] + 0.1 * np.random.default_rng(1).normal(size=(64, 2))
 X = X.astype(np.float32)
 KEY = jax.random.key(0)
@@ -37,16 +32,7 @@ def whole():
     return train()
 
 
-@pytest.fixture
-def folder(whole, tmp_path_factory, tmp_path):
-    """A copy of the checkpoints of a finished run."""
-    made = tmp_path_factory.getbasetemp() / "made"
-    if not made.exists():
-        assert same(whole, train(checkpoint_dir=made))
-    return shutil.copytree(made, tmp_path / "run")
-
-
-def test_chains_are_independent_and_learn(whole):
+def test_fits_are_independent_and_learn(whole):
     assert whole.losses.shape == (2, 60)
     assert whole.params["beta"].shape == (2, 5)
     assert not np.array_equal(whole.params["beta"][0], whole.params["beta"][1])
@@ -72,119 +58,67 @@ def test_first_loss_is_that_of_svi(whole):
     assert change["network$params"].last.bias == pytest.approx(SETTINGS.learning_rate, rel=1e-2)
 
 
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.02), numpyro.optim.Adam(0.02)])
+def test_an_optimiser_of_ones_own_takes_the_place_of_adam(optimizer):
+    """The first step by hand: minus 0.02 times the gradient, or 0.02 in the direction of minus its sign."""
+    d = mlp_diffusion()
+    settings = training.Settings(num_steps=2, batch_size=16, check_every=2, times="even", optimizer=optimizer)
+    svi = training.make_svi(d, settings)
+    state = svi.init(KEY, X[:16])
+    (after, _), before = jax.jit(svi.update)(state, X[:16]), svi.optim.get_params(state.optim_state)
+    _, key = jax.random.split(state.rng_key)
+
+    def loss(params):
+        model, guide = (handlers.scale(one, scale=1 / 16) for one in (d.reverse_at_time, d.forward_at_time))
+        return TraceMeanField_ELBO().loss(key, svi.constrain_fn(params), model, guide, X[:16])
+
+    change = jax.tree.map(lambda a, b: a - b, svi.optim.get_params(after.optim_state), before)
+    gradient = jax.jit(jax.grad(loss))(before)
+    slope = gradient["beta"]
+    direction = slope if isinstance(optimizer, optax.GradientTransformation) else np.sign(slope)
+    np.testing.assert_allclose(change["beta"], -0.02 * direction, rtol=1e-3, atol=1e-7)
+
+
+def test_a_fit_by_an_optimiser_of_ones_own_learns():
+    x = X.astype(float)
+    options = {"rng_key": KEY, "num_steps": 300, "batch_size": 16, "check_every": 300, "progress_bar": False}
+    fit = probdiff.fit(mlp_diffusion(), x, optimizer=optax.adamw(2e-2), validation=0.0, dropout=False, **options)
+    assert fit.losses[-50:].mean() < fit.losses[:50].mean() - 0.1
+    for name in ("learning_rate", "gradient_clip"):
+        with pytest.raises(ValueError, match=f"{name} is 0.1, and optimizer is given"):
+            probdiff.fit(mlp_diffusion(), x, optimizer=optax.sgd(0.1), **{name: 0.1}, **options)
+    with pytest.raises(TypeError, match=r"optimizer is 0\.1; it must be an Optax transformation"):
+        probdiff.fit(mlp_diffusion(), x, optimizer=0.1, **options)
+
+
 def test_the_params_that_are_checked_are_an_average():
     """Of three steps, done by hand; so early the average is the plain mean."""
-    settings = training.Settings(3, 16, 1, check_every=3)
+    settings = training.Settings(num_steps=3, batch_size=16, num_chains=1, check_every=3, times="even")
     trained = train(settings, validation=X)
     svi = training.make_svi(mlp_diffusion(), settings)
     init_key, batch_key, _ = jax.random.split(KEY, 3)
     state, key = svi.init(jax.random.split(init_key, 1)[0], X[:16]), jax.random.split(batch_key, 1)[0]
-    steps = []
+    steps, update, get_params = [], jax.jit(svi.update), jax.jit(svi.get_params)
     for i in range(3):
         rows = jax.random.randint(jax.random.fold_in(key, i), (16,), 0, 64)
-        state, _ = svi.update(state, X[rows])
-        steps.append(svi.get_params(state))
+        state, _ = update(state, X[rows])
+        steps.append(get_params(state))
     mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *steps)
     for a, b in zip(jax.tree.leaves(one_fit(trained.params, 0)), jax.tree.leaves(mean), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_a_run_with_validation_and_dropout_goes_on_with_the_same_bits(monkeypatch, tmp_path):
-    settings = training.Settings(60, 16, 2, check_every=10, patience=5, dropout=True)
-    save = checkpoints.Checkpoints.save
-
-    def save_and_stop(self, check, tree):
-        save(self, check, tree)
-        if check == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints.Checkpoints, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, validation=X[:20], checkpoint_dir=tmp_path)
-    monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
-    resumed = train(settings, validation=X[:20], checkpoint_dir=tmp_path, resume=True)
-    uninterrupted = train(settings, validation=X[:20])
-    assert same(resumed, uninterrupted)
-    np.testing.assert_array_equal(resumed.validation, uninterrupted.validation)
-
-
 @pytest.mark.parametrize("objective", ["mean_field", "trace"])
 def test_other_objectives_fit_too(objective):
-    trained = train(training.Settings(300, 16, 1, objective, check_every=150))
+    trained = train(training.Settings(num_steps=300, batch_size=16, num_chains=1, objective=objective, check_every=150))
     assert np.all(np.isfinite(trained.losses))
     assert trained.losses[0, -50:].mean() < trained.losses[0, :50].mean() - 0.1
 
 
-def test_checkpoints_change_nothing_and_a_finished_run_resumes_at_once(whole, folder):
-    assert same(whole, train(checkpoint_dir=folder, resume=True))
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, folder, damage):
-    newest = max((folder / "steps").iterdir(), key=lambda step: int(step.name))
-    largest = max(newest.rglob("ocdbt.process_0/d/*"), key=lambda file: file.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    if damage == "cut":
-        largest.write_bytes(content[: len(content) // 2])
-    elif damage == "flip":
-        content[len(content) // 2] ^= 255
-        largest.write_bytes(content)
-    else:
-        largest.unlink()
-    with pytest.warns(UserWarning, match="checkpoint 6 in .* is damaged"):
-        resumed = train(checkpoint_dir=folder, resume=True)
-    assert same(whole, resumed)
-
-
-KILLED = """
-import sys, time
-import numpy as np, jax
-sys.path[:0] = [{tests!r}, {tests!r} + "/fitting"]
-import test_loop as test_training
-from probdiff.fitting import checkpoints
-from probdiff.fitting import loop as training
-update = checkpoints.Checkpoints.save
-def save(self, check, tree):
-    update(self, check, tree)
-    print(check, flush=True)
-    time.sleep(0.3)
-checkpoints.Checkpoints.save = save
-test_training.train(checkpoint_dir={folder!r}, resume=True)
-print("done", flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bits(whole, tmp_path):
-    """SIGKILL at several moments, in the middle of a write among them; every run but the last is killed."""
-    script = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
-    for delay in (0.0, 0.31):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.stdout.close()
-    assert same(whole, train(checkpoint_dir=tmp_path, resume=True))
-
-
-def test_a_folder_with_a_run_is_not_overwritten(folder):
-    with pytest.raises(FileExistsError, match="already holds a run"):
-        train(checkpoint_dir=folder)
-    other = training.Settings(num_steps=50, batch_size=16, num_chains=2, check_every=10)
-    with pytest.raises(ValueError, match="its num_steps is 60, this one's is 50"):
-        train(other, checkpoint_dir=folder, resume=True)
-    with pytest.raises(ValueError, match="another configuration: its diffusion"):
-        training.train(
-            mlp_diffusion(schedule=schedules.cosine(5)), X, SETTINGS, rng_key=KEY, checkpoint_dir=folder, resume=True
-        )
-    with pytest.raises(ValueError, match="another configuration: its x"):
-        training.train(mlp_diffusion(), X + 1, SETTINGS, rng_key=KEY, checkpoint_dir=folder, resume=True)
-
-
-def test_early_stopping_keeps_the_best_of_each_chain():
-    settings = training.Settings(2000, 8, 2, learning_rate=0.05, check_every=20, patience=3)
+def test_early_stopping_keeps_the_best_of_each_fit():
+    settings = training.Settings(
+        num_steps=2000, batch_size=8, num_chains=2, learning_rate=0.05, check_every=20, patience=3
+    )
     d = mlp_diffusion(width=32)
     trained = training.train(d, X[:8], settings, rng_key=KEY, validation=X[8:], progress_bar=False)
     steps, checks = trained.losses.shape[1], trained.validation.shape[1]

@@ -1,0 +1,106 @@
+"""The report on a run: its table, its figures and its ArviZ file."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from probdiff import datasets, plots
+from probdiff.cli.run import Run
+from probdiff.diagnostics import Marginals, marginals
+from probdiff.files import atomic_write
+from probdiff.likelihood.result import LogLikelihood
+from probdiff.results import Fit
+
+_EVALUATED = 500  # held-out rows in the DataTree, where T ≤ 40; fewer in longer chains, for the same time
+_DRAWS = 200
+# of the time of an evaluation, in percent
+_PARTS = {"log-likelihood": 45, "exact density": 5, "draws": 30, "marginals": 10, "files and figures": 10}
+
+
+def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | None = None) -> None:
+    """Leaves fit.nc, summary.csv and the figures in the folder, and prints the table.
+
+    `fitting` is how long the fit took, in seconds. On a terminal a bar shows the time that is left.
+    """
+    start = time.perf_counter()
+    test, key = data_split.test, jax.random.key(run.options["seed"] + 2)
+    key_elbo, key_tree = jax.random.split(key)
+    shorter = min(1.0, 40 / fitted.diffusion.num_timesteps)
+    with _progress() as part:
+        with part("log-likelihood"):
+            bound = fitted.log_likelihood(test, rng_key=key_elbo, num_draws=max(2, round(20 * shorter)))
+        with part("exact density"):
+            exact = None if data_split.density is None else np.asarray(data_split.density.log_prob(test), np.float64)
+        with part("draws"):
+            evaluated = test[: max(50, round(_EVALUATED * shorter))]
+            dt = fitted.to_datatree(evaluated, rng_key=key_tree, num_draws=_DRAWS, features=data_split.features)
+        with part("marginals"):
+            compared = marginals(dt)
+        with part("files and figures"):
+            summary = summarise(bound, exact, compared)
+            with atomic_write(run.folder / "summary.csv") as file:
+                summary.to_csv(file, index=False)
+            with atomic_write(run.folder / "fit.nc") as file:
+                dt.to_netcdf(file, engine="h5netcdf")
+            figures = {
+                "samples": plots.samples(dt),
+                "marginals": plots.marginals_over_time(dt),
+                "distances": plots.marginal_distances(compared),
+                "schedule": plots.schedule(dt, np.asarray(fitted.diffusion.schedule().beta)),
+                "elbo_parts": plots.elbo_parts(dt),
+                "loss": plots.loss(dt),
+            }
+            for name, figure in figures.items():
+                with atomic_write(run.folder / f"{name}.png") as file:
+                    figure.savefig(file, dpi=120)
+    evaluation = time.perf_counter() - start
+    print(f"\nHeld-out log-likelihood, nats per datum (se: standard error over {len(test):,} data)")
+    print(summary.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+    print(f"\n{compared.verdict}")
+    fit_time = f"{fitting:.0f} s to fit, " if fitting else ""
+    print(f"Time: {fit_time}{evaluation:.0f} s to evaluate. Run folder: {run.folder}")
+
+
+def summarise(bound: LogLikelihood, exact: np.ndarray | None, compared: Marginals) -> pd.DataFrame:
+    """A row for each fit: K, and where the density is known L and the gap L − K, nats per datum; k̂, R̂ and p."""
+    rows = []
+    for c, values in enumerate(np.atleast_2d(bound.values)):
+        one = compared.table[compared.table.chain == c]
+        row: dict[str, Any] = {"chain": c}
+        if exact is not None:
+            row |= {"exact L": exact.mean(), "L se": _se(exact)}
+        row |= {"K": values.mean(), "K se": _se(values), "K bits": values.mean() / np.log(2)}
+        if exact is not None:
+            row |= {"gap L-K": (exact - values).mean(), "gap se": _se(exact - values)}
+        row |= {
+            "k-hat ok": np.mean(compared.pareto_k[c] < compared.k_threshold),
+            "worst R-hat": one.r_hat.max(),
+            "energy p (smallest)": one.energy_p.min(),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], Any]]:
+    """A bar of the parts of an evaluation, on a terminal alone."""
+    bar_format = "{desc}: {n:.0f}%|{bar}| [{elapsed}<{remaining}]"
+    with tqdm(total=sum(_PARTS.values()), disable=None, desc="evaluate", bar_format=bar_format, leave=False) as bar:
+
+        @contextmanager
+        def part(name: str) -> Iterator[None]:
+            bar.set_description_str(f"evaluate, {name}")
+            yield
+            bar.update(_PARTS[name])
+
+        yield part
+
+
+def _se(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
