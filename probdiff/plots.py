@@ -1,15 +1,20 @@
 """Figures of a fit, read from its `DataTree`; each function returns a matplotlib `Figure`."""
 
 import math
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from probdiff.diagnostics import Marginals
 
 _FORWARD, _REVERSE = "tab:blue", "tab:orange"
+_MOST_IN_LEGEND = 8  # lines with a name of their own; more are shaded by a colour map
+_MOST_LINES = 20  # that can be told apart; more are drawn as bands
 
 
 def samples(dt: xr.DataTree, *, most: int = 2000) -> Figure:
@@ -99,13 +104,26 @@ def marginals_over_time(dt: xr.DataTree, *, num_times: int = 6, most: int = 1000
 
 
 def marginal_distances(report: Marginals) -> Figure:
-    """Wasserstein distance per feature and energy distance over t, against what sampling noise alone gives, and k̂."""
+    """Wasserstein distance per feature and energy distance over t, against what sampling noise alone gives, and k̂.
+
+    Of more than twenty features, all fits counted, the left panel shows bands.
+    """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     table = report.table
-    for _, one in table.groupby(["chain", "feature"]):
-        left.plot(one.t, one.wasserstein / one.wasserstein_band, color=_REVERSE, alpha=0.6, lw=1)
-    left.plot([], [], color=_REVERSE, label="each chain and feature")
+    ratio = (
+        (table.wasserstein / table.wasserstein_band).groupby([table.t, table.chain, table.feature]).first().unstack("t")
+    )
+    if len(ratio) <= _MOST_LINES:
+        for line in ratio.to_numpy():
+            left.plot(ratio.columns, line, color=_REVERSE, alpha=0.6, lw=1)
+        left.plot([], [], color=_REVERSE, label="each chain and feature")
+    else:
+        for low, high, alpha, label in ((0.0, 1.0, 0.2, "all features"), (0.05, 0.95, 0.4, "nine tenths of them")):
+            left.fill_between(
+                ratio.columns, ratio.quantile(low), ratio.quantile(high), color=_REVERSE, alpha=alpha, lw=0, label=label
+            )
+        left.plot(ratio.columns, ratio.median(), color=_REVERSE, label="their median")
     left.axhline(1, color="gray", ls="--", label="99 % band of sampling noise")
     left.set(xlabel="t", ylabel="Wasserstein distance / its band", title="feature by feature", ylim=(0, None))
     for c, one in table.groupby("chain"):
@@ -122,6 +140,8 @@ def marginal_distances(report: Marginals) -> Figure:
     label = f"{report.k_threshold:.2f}: not to be trusted beyond"
     right.axvline(report.k_threshold, color="gray", ls="--", label=label)
     right.set(xlabel="Pareto k̂ of the importance weights", ylabel="data", title="importance weights, N14")
+    for axes in (left, middle):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, middle, right):
         axes.legend(fontsize="small")
     return figure
@@ -131,34 +151,49 @@ def schedule(dt: xr.DataTree, initial_beta: Float[np.ndarray, " T"] | None = Non
     """β_t and the log-SNR of each chain, and those that learning began from."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    t = dt["fit"].dataset["t"].to_numpy()
+    group = dt["fit"].dataset
+    t, num_fits = group["t"].to_numpy(), group.sizes["chain"]
     marker = "." if len(t) <= 60 else ""
-    for c in range(dt["fit"].dataset.sizes["chain"]):
+    for c in range(num_fits):
         for axes, name in ((left, "beta"), (right, "log_snr")):
-            axes.plot(t, dt["fit"].dataset[name][c], marker=marker, color=f"C{c}", alpha=0.8, label=f"chain {c}")
+            style = {"color": _colour(c, num_fits), "label": _label(c, num_fits)}
+            axes.plot(t, group[name][c], marker=marker, alpha=0.8, **style)
     if initial_beta is not None:
         log_alpha_bar = np.cumsum(np.log1p(-np.minimum(initial_beta, 1 - 1e-7)))
         left.plot(t, initial_beta, color="gray", ls="--", label="before learning")
         right.plot(t, log_alpha_bar - np.log(-np.expm1(log_alpha_bar)), color="gray", ls="--", label="before learning")
     left.set(xlabel="t", ylabel="β_t", yscale="log")
     right.set(xlabel="t", ylabel="log-SNR of x⁽ᵗ⁾ (nats)")
-    left.legend()
-    right.legend()
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize="small")
     return figure
+
+
+def _colour(c: int, num_fits: int) -> Any:
+    """Colours that can be told apart where the fits are few, else a shade for each."""
+    return f"C{c}" if num_fits <= _MOST_IN_LEGEND else colormaps["viridis"](c / (num_fits - 1))
+
+
+def _label(c: int, num_fits: int, more: str = "") -> str | None:
+    """What the legend says of fit c: of few fits each, of many the first and the last."""
+    return f"chain {c}{more}" if num_fits <= _MOST_IN_LEGEND or c in (0, num_fits - 1) else None
 
 
 def elbo_parts(dt: xr.DataTree) -> Figure:
     """What each t costs: KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t)), with the two end terms in the legend."""
-    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
-    axes = figure.subplots()
     group = dt["fit"].dataset
-    t = group["t"].to_numpy()
-    for c in range(group.sizes["chain"]):
+    t, num_fits = group["t"].to_numpy(), group.sizes["chain"]
+    figure = Figure(figsize=(6.5, 3.6 + 0.15 * min(num_fits, _MOST_IN_LEGEND)), layout="constrained")
+    axes = figure.subplots()
+    for c in range(num_fits):
         parts = group["elbo_part"][c].to_numpy()
-        label = f"chain {c}: log p(x⁽⁰⁾|x⁽¹⁾) = {parts[0]:.3f}, prior KL = {float(group['prior_kl'][c]):.3f}"
-        axes.plot(t[1:], -parts[1:], marker="." if len(t) <= 60 else "", alpha=0.8, label=label)
+        more = f": log p(x⁽⁰⁾|x⁽¹⁾) = {parts[0]:.3f}, prior KL = {float(group['prior_kl'][c]):.3f}"
+        style = {"color": _colour(c, num_fits), "label": _label(c, num_fits, more)}
+        axes.plot(t[1:], -parts[1:], marker="." if len(t) <= 60 else "", alpha=0.8, **style)
     axes.set(xlabel="t", ylabel="E KL at t (nats per datum)", ylim=(0, None))
-    axes.legend(fontsize="small")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return figure
 
 
@@ -171,7 +206,8 @@ def loss(dt: xr.DataTree) -> Figure:
     count = losses.shape[1] // window
     means = losses[:, : count * window].reshape(len(losses), count, window).mean(-1)
     for c, line in enumerate(means):
-        axes.plot(np.arange(1, count + 1) * window, line, label=f"chain {c}", alpha=0.8)
+        style = {"color": _colour(c, len(means)), "label": _label(c, len(means))}
+        axes.plot(np.arange(1, count + 1) * window, line, alpha=0.8, **style)
     low, high = means.min(), np.quantile(means, 0.97)
     axes.set(
         xlabel="step",
