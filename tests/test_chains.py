@@ -235,6 +235,7 @@ def test_stacked_forward_order_is_refused_as_a_guide_whatever_the_elbo():
         svi.run(jax.random.key(0), 2, jnp.zeros((4, 2)), progress_bar=False)
 
 
+@pytest.mark.slow
 def test_one_step_chain_has_but_one_order():
     d, x = mlp_diffusion(schedule=schedules.cosine(1)), jnp.ones((4, 2))
     params = random_params(d)
@@ -300,6 +301,7 @@ def test_one_datum_needs_no_plate_and_a_plate_around_the_program_works():
 
 
 @pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.slow
 def test_subsampled_elbo_is_unbiased(stacked):
     d, x = linear_diffusion("full"), np.random.default_rng(3).normal(size=(8, 2))
     expected = sum(exact_elbo(d, x_0) for x_0 in x)
@@ -316,6 +318,7 @@ def test_subsampled_elbo_is_unbiased(stacked):
     assert draws.std() > 0.1
 
 
+@pytest.mark.slow
 def test_renyi_bound_is_per_datum():
     """With alpha = 0 it is the importance-weighted bound of each datum: at many particles, the exact log p(x_0)."""
     d, x = linear_diffusion("full"), np.random.default_rng(3).normal(size=(3, 2))
@@ -379,6 +382,7 @@ class OwnNetwork(eqx.Module):
         return self.layer(jnp.append(x_t, log_snr / 10))
 
 
+@pytest.mark.slow
 def test_any_equinox_module_can_be_the_network():
     module = OwnNetwork(eqx.nn.Linear(3, 5, key=jax.random.key(0)))
     d = GaussianDiffusion((2,), schedules.LearnedBetas(4), module, "full")
@@ -411,6 +415,7 @@ def test_bad_diffusions_are_refused(make, words):
         make()
 
 
+@pytest.mark.slow
 def test_images_keep_their_shape():
     d = mlp_diffusion("diagonal", event_shape=(3, 4))
     x = jnp.zeros((5, 3, 4))

@@ -157,6 +157,7 @@ def test_a_value_for_a_site_that_the_stacked_form_has_not_is_refused():
 
 
 @pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.slow
 def test_nuts_finds_the_posterior_of_a_linear_chain(stacked):
     """y = x_0 + noise, in closed form; means and standard deviations within their Monte Carlo error."""
     d = linear_diffusion("full")

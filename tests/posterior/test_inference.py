@@ -150,6 +150,7 @@ def test_each_draw_by_itself_is_one_of_the_posterior(x64):
         assert_close(draws[:, place], wanted, 399, 8)
 
 
+@pytest.mark.slow
 def test_more_measurements_than_features_say_what_their_sufficient_statistics_do(x64):
     fit, mean, cov = linear_fit("full")
     rng = np.random.default_rng(3)
@@ -181,6 +182,7 @@ def test_conditional_densities(x64):
     assert np.all(np.abs(z) < stats.t(19).isf(FAILURE / 4))
 
 
+@pytest.mark.slow
 def test_posterior_of_a_curved_chain_agrees_with_quadrature(x64):
     """p(x_0) on a grid by quadrature, times a likelihood that is no Gaussian and bends both ways."""
     fit = fitted("diagonal", [[-0.8], [0.8]], [[0.2]], 5, 0.5, 2.0)
@@ -196,6 +198,7 @@ def test_posterior_of_a_curved_chain_agrees_with_quadrature(x64):
             assert_close((draws < edge).mean(1), mass[grid[:, 0] < edge].sum() / mass.sum(), 19, 3)
 
 
+@pytest.mark.slow
 def test_evidence_is_within_its_error_in_200_of_200_seeds(x64):
     """One call of 200 data that are the same: no value is off by more than its error, and p̂(y) has no bias."""
     fit, mean, cov = linear_fit("full")
@@ -209,6 +212,7 @@ def test_evidence_is_within_its_error_in_200_of_200_seeds(x64):
 
 
 @pytest.mark.parametrize("kind", ["linear", "function"])
+@pytest.mark.slow
 def test_truths_have_even_ranks_among_the_draws(x64, kind):
     """Simulation-based calibration: x_0 from the prior, y given x_0, then the rank of x_0 (Talts et al. 2018)."""
     fit = three_modes()
@@ -225,6 +229,7 @@ def test_truths_have_even_ranks_among_the_draws(x64, kind):
         assert stats.kstest(pit[:, i], "uniform").pvalue > FAILURE / 4
 
 
+@pytest.mark.slow
 def test_images_are_observed_as_they_are(x64):
     fit = fitted("diagonal", np.zeros(4), 0.5 + 0.5 * np.eye(4), 5, 3.0, 2.0, (2, 2))
     x = np.full((1, 2, 2), np.nan)
@@ -309,6 +314,7 @@ def test_bad_input_is_refused(likelihood, options, error, message):
         posterior.sample(three_modes(), likelihood, **{"rng_key": KEY, **options})
 
 
+@pytest.mark.slow
 def test_integers_of_a_table_are_filled_with_integers():
     fit = linear_fit("full")[0]
     x = np.array([[3.0, np.nan], [np.nan, -2.0], [1.5, -2.0]])
@@ -390,6 +396,7 @@ def by_callback(x):
     return jax.pure_callback(outside, shape, x, vmap_method="sequential")
 
 
+@pytest.mark.slow
 def test_any_function_is_a_likelihood():
     """Modules, code outside JAX, integers, and NaN where the likelihood is zero, beside a plain function."""
     fit = linear_fit("diagonal")[0]
