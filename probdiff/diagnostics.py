@@ -65,7 +65,7 @@ def to_datatree(
     if len(names) != size:
         raise ValueError(f"features has {len(names)} names; the data have {size} features")
     times = times_shown(d.num_timesteps)
-    posterior, forward, pit, log_lik, weights, parts, prior = ([] for _ in range(7))
+    posterior, forward, pit, log_lik, weights, parts, terminal = ([] for _ in range(7))
     for c in range(C):
         params = jax.tree.map(lambda leaf, c=c: leaf[c], stacked_params)
         key_rows, key_q, key_p, key_pit, key_elbo, key_weight = jax.random.split(jax.random.fold_in(rng_key, c), 6)
@@ -78,11 +78,11 @@ def to_datatree(
         forward.append(q)
         posterior.append(p)
         pit.append(_ranks(q, reference))
-        draws, mean_parts, prior_kl = _elbo_draws(d, params, x_0, key_elbo, num_draws)
+        draws, mean_parts, terminal_kl = _elbo_draws(d, params, x_0, key_elbo, num_draws)
         log_lik.append(draws - log_det)
         mean_parts[0] -= log_det
         parts.append(mean_parts)
-        prior.append(prior_kl)
+        terminal.append(terminal_kl)
         weights.append(log_importance_weights(d, params, x_0, rng_key=key_weight, num_draws=num_draws) - log_det)
     noise = noise_levels(d, stacked_params, C)
     paths = {"dims": {"x": ["t", "feature"]}, "coords": {"t": times, "feature": names}}
@@ -95,7 +95,7 @@ def to_datatree(
         "beta": noise.beta,
         "log_snr": jax.vmap(lambda levels: levels.log_snr)(noise),
         "elbo_part": np.stack(parts),
-        "prior_kl": np.asarray(prior),
+        "prior_kl": np.asarray(terminal),
     }
     groups = {
         "posterior": az.dict_to_dataset({"x": np.stack(posterior)}, **paths),
@@ -132,7 +132,7 @@ def _ranks(q: np.ndarray, reference: np.ndarray) -> np.ndarray:
 def _elbo_draws(
     d: Diffusion, params: Params, x_0: np.ndarray, rng_key: Key, num_draws: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """K per datum, (num_draws, N), shrunk to the spread of its mean; its terms for t = 1…T, (T,), and the prior KL."""
+    """K per datum, (num_draws, N), shrunk to the spread of its mean; its terms for t = 1…T, (T,), and its KL at T."""
     parts, draws = elbo_draws(d, params, x_0, rng_key=rng_key, num_draws=num_draws)
     mean = draws.mean(0)
     terms = np.concatenate([[parts.reconstruction.mean()], -parts.steps.mean(0)])
@@ -143,11 +143,11 @@ def _elbo_draws(
 class Marginals:
     """How the reverse marginals p(x_t) compare with the forward q(x_t).
 
-    `table`: one row per chain, t and feature: the Wasserstein distance in the chain's units and the largest gap
-    between the two distribution functions (Kolmogorov–Smirnov), each with the band that sampling noise alone stays
-    under in 99 % of permutations; the energy distance of all features jointly at this t, with its band and
-    p-value; and R̂ of the reverse draws across chains (NaN for one chain). `p_value` is that of the largest energy
-    distance over all t and chains, in units of its noise. `pareto_k` (C, N) is of the importance weights, and
+    `table`: one row for each fit (column "chain"), t and feature: the Wasserstein distance in the chain's units and the
+    largest gap between the two distribution functions (Kolmogorov–Smirnov), each with the band that sampling noise
+    alone stays under in 99 % of permutations; the energy distance of all features jointly at this t, with its band and
+    p-value; and R̂ of the reverse draws across fits (NaN for one fit). `p_value` is that of the largest energy
+    distance over all t and fits, in units of its noise. `pareto_k` (C, N) is of the importance weights, and
     `k_threshold` the value below which they can be trusted.
     """
 

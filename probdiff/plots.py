@@ -75,7 +75,7 @@ def _images(data: np.ndarray, drawn: np.ndarray) -> Figure:
 
 
 def marginals_over_time(dt: xr.DataTree, *, num_times: int = 6, most: int = 1000) -> Figure:
-    """Forward draws of x_t above reverse draws at a row of times, in the chain's own units (chain 0)."""
+    """Forward draws of x_t above reverse draws at a row of times, in the chain's own units (the first fit)."""
     posterior, forward = dt["posterior"].dataset["x"], dt["forward"].dataset["x"]
     times = forward["t"].to_numpy()[
         np.linspace(0, forward.sizes["t"] - 1, min(num_times, forward.sizes["t"])).astype(int)
@@ -148,7 +148,7 @@ def marginal_distances(report: Marginals) -> Figure:
 
 
 def schedule(dt: xr.DataTree, initial_beta: Float[np.ndarray, " T"] | None = None) -> Figure:
-    """β_t and the log-SNR of each chain, and those that learning began from."""
+    """β_t and the log-SNR of each fit, and those that learning began from."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     group = dt["fit"].dataset

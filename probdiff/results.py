@@ -33,10 +33,10 @@ Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A fitted diffusion. Where it has several chains, every result has them as a leading axis of size C.
+    """A fitted diffusion. Where it holds several independent fits, every result has them as a leading axis of size C.
 
     What goes in and comes out is in the data's own units: x = loc + scale·x_0, with the log-determinant −Σ log scale
-    in every log density. `stacked_params` has the leading axis even for one chain.
+    in every log density. `stacked_params` has the leading axis even for one fit.
     """
 
     diffusion: Diffusion
@@ -77,19 +77,19 @@ class Fit:
 
     @cached_property
     def noise_levels(self) -> NoiseLevels:
-        """The noise levels of every chain, each leaf with the leading axis."""
+        """The noise levels of every fit, each leaf with the leading axis."""
         return noise_levels(self.diffusion, self.stacked_params, self.num_chains)
 
     @property
     def best(self) -> int:
-        """The chain with the largest validation ELBO, or without one the least mean loss of the last tenth of steps."""
+        """The fit with the largest validation ELBO, or without one the least mean loss of the last tenth of steps."""
         if self.stacked_validation.size:
             return int(np.nanmax(self.stacked_validation, axis=1).argmax())
         last = max(1, self.stacked_losses.shape[1] // 10)
         return int(self.stacked_losses[:, -last:].mean(1).argmin())
 
     def chain(self, c: int) -> "Fit":
-        """The fit of one chain of several."""
+        """One of several independent fits. Raises `ValueError` where there is no fit c."""
         if not 0 <= c < self.num_chains:
             raise ValueError(f"c is {c}; this fit has chains 0 to {self.num_chains - 1}")
         part = slice(c, c + 1)
@@ -109,7 +109,7 @@ class Fit:
         times = range(self.diffusion.num_timesteps + 1) if paths else [0]
         keys = jax.random.split(check_key(rng_key), self.num_chains)
         draws = np.stack(
-            [reverse_draws(self.diffusion, self._of(c), keys[c], n, times) for c in range(self.num_chains)]
+            [reverse_draws(self.diffusion, self._params_of(c), keys[c], n, times) for c in range(self.num_chains)]
         )
         draws = draws if paths else draws[:, :, 0]
         if not np.issubdtype(draws.dtype, np.floating):  # bits have no units
@@ -120,10 +120,10 @@ class Fit:
         """p(x_0) as a NumPyro program that returns x in the data's own units, its sites in the chain's; see `prior`."""
         if self.num_chains > 1:
             raise ValueError(f"this fit has {self.num_chains} chains; choose one, such as fit.chain(fit.best).prior()")
-        of_chain = self.diffusion.prior(self.params)
+        program = self.diffusion.prior(self.params)
         if self.diffusion.family.support.is_discrete:  # bits have no units
-            return of_chain
-        return lambda *, stacked=False: self.loc + self.scale * of_chain(stacked=stacked)
+            return program
+        return lambda *, stacked=False: self.loc + self.scale * program(stacked=stacked)
 
     def elbo_parts(self, x: ArrayLike, *, rng_key: Key, num_draws: int = 8) -> ELBOParts:
         """The parts of the ELBO per datum, nats, in the data's own units; see `ELBOParts`.
@@ -132,11 +132,11 @@ class Fit:
         """
         check_count(num_draws, "num_draws", 2)
         x_0, keys = self.standardise(x), jax.random.split(check_key(rng_key), self.num_chains)
-        chains = [
-            elbo_draws(self.diffusion, self._of(c), x_0, rng_key=keys[c], num_draws=num_draws)[0]
+        fits = [
+            elbo_draws(self.diffusion, self._params_of(c), x_0, rng_key=keys[c], num_draws=num_draws)[0]
             for c in range(self.num_chains)
         ]
-        terminal, steps, first = (self._squeeze(np.stack([getattr(c, name) for c in chains])) for name in PARTS)
+        terminal, steps, first = (self._squeeze(np.stack([getattr(one, name) for one in fits])) for name in PARTS)
         return ELBOParts(terminal, steps, first - np.log(self.scale).sum())
 
     def log_likelihood(
@@ -172,7 +172,7 @@ class Fit:
         else:
             x_0 = np.broadcast_to(self.standardise(x), (C, *np.shape(x)))
         if method == "exact":
-            results = [exact(d, self._of(c), x_0[c]) for c in range(C)]
+            results = [exact(d, self._params_of(c), x_0[c]) for c in range(C)]
         else:
             run = {
                 "elbo": partial(elbo, num_draws=num_draws),
@@ -182,7 +182,7 @@ class Fit:
                 "ode": partial(ode, num_draws=num_draws),
             }[method]
             keys = jax.random.split(check_key(rng_key), C)
-            results = [run(d, self._of(c), x_0[c], rng_key=keys[c]) for c in range(C)]
+            results = [run(d, self._params_of(c), x_0[c], rng_key=keys[c]) for c in range(C)]
         values, mcse = (
             self._squeeze(np.stack([getattr(r, name) for r in results])) for name in ("values", "values_mcse")
         )
@@ -263,7 +263,7 @@ class Fit:
             raise ValueError(f"{path} holds the fit of another diffusion: its β_t are not those of this schedule")
         return fit
 
-    def _of(self, c: int) -> Params:
+    def _params_of(self, c: int) -> Params:
         return one_fit(self.stacked_params, c)
 
     def _squeeze(self, leaf: Any) -> Any:

@@ -14,7 +14,7 @@ from probdiff import datasets, families
 from probdiff.checks import check_count
 from probdiff.cli.app import app
 from probdiff.cli.evaluation import report as report_on
-from probdiff.cli.processes import give_each_fit_a_device, start_processes
+from probdiff.cli.processes import start_processes
 from probdiff.cli.run import SCHEDULES, Run, described, digest
 from probdiff.files import atomic_write
 from probdiff.fitting import devices
@@ -84,8 +84,6 @@ def fit(
     }
     if processes < 0:
         raise ValueError(f"--processes is {processes}; it must be 1 or more, or 0 for one of those started elsewhere")
-    if processes == 1:
-        give_each_fit_a_device(num_chains)
     if processes != 1 and not jax.distributed.is_initialized():
         if processes:
             raise typer.Exit(start_processes(processes))

@@ -1,6 +1,5 @@
-"""This command on all cores of one machine: a device for each fit, or several processes joined over loopback."""
+"""This command in several processes of one machine, joined over loopback."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -9,20 +8,7 @@ import tempfile
 import time
 from contextlib import suppress
 
-import jax
-
 _GRACE = 3.0  # seconds
-
-
-def give_each_fit_a_device(num_chains: int) -> None:
-    """Has JAX see as many devices on the CPU as share the fits out evenly, at most one for each core.
-
-    It does nothing where JAX has started already, whose devices are then those that there are.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    number = max(n for n in range(1, max(1, min(cores, num_chains)) + 1) if num_chains % n == 0)
-    with suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", number)
 
 
 def start_processes(n: int) -> int:
