@@ -69,7 +69,7 @@ def only(name, handler):
 def compile_once(monkeypatch):
     """What runs a chain's program on arrays is compiled once, for checks of one pair that differ in their seed."""
     compiled = {}
-    methods = {name: getattr(Chain, name) for name in ("each", "draw", "linearised", "total", "log_probs_of")}
+    methods = {name: getattr(Chain, name) for name in ("each", "draw", "total", "log_probs_of")}
     for name, method in methods.items():
 
         def call(chain, *arguments, name=name, method=method):
