@@ -42,7 +42,7 @@ def folder(made, tmp_path):
 
 
 def test_a_run_with_validation_and_dropout_goes_on_with_the_same_bits(monkeypatch, tmp_path):
-    settings = training.Settings(num_steps=60, batch_size=16, num_chains=2, check_every=10, patience=5, dropout=True)
+    settings = training.Settings(num_steps=40, batch_size=16, num_chains=2, check_every=10, patience=5, dropout=True)
     save = checkpoints.Checkpoints.save
 
     def save_and_stop(self, check, tree):
