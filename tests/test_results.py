@@ -188,7 +188,11 @@ def test_equal_keys_give_equal_fits_and_old_style_keys_do(x, single):
 
 @pytest.mark.parametrize(
     ("schedule", "covariance"),
-    [(schedules.LearnedSNR(6), "fixed"), (schedules.harmonic(6), "diagonal"), (schedules.cosine(1), "full")],
+    [
+        pytest.param(schedules.LearnedSNR(6), "fixed", marks=pytest.mark.slow),
+        pytest.param(schedules.harmonic(6), "diagonal", marks=pytest.mark.slow),
+        (schedules.cosine(1), "full"),
+    ],
 )
 def test_every_schedule_and_covariance_can_be_fitted(x, schedule, covariance):
     d = mlp_diffusion(covariance, schedule)

@@ -156,52 +156,58 @@ def _has_params(schedule: Schedule) -> bool:
     return any(site["type"] == "param" for site in handlers.trace(schedule).get_trace().values())
 
 
-def start_state(svi: SVI, x: Data, rng_keys: Key) -> tuple[Any, Params]:
+@partial(jax.jit, static_argnums=(0, 1))
+def start_state(d: Diffusion, settings: Settings, rng_keys: Key) -> tuple[Any, Params]:
     """The state of SVI before the first step, with a leading axis of C fits, and its params."""
-
-    @jax.jit
-    def start(rng_keys: Key) -> tuple[Any, Params]:
-        state = jax.vmap(lambda key: svi.init(key, x))(rng_keys)
-        return state, svi.get_params(state)
-
-    return start(rng_keys)
+    svi, x = make_svi(d, settings), jnp.zeros((settings.batch_size, *d.event_shape))
+    state = jax.vmap(lambda key: svi.init(key, x))(rng_keys)
+    return state, svi.get_params(state)
 
 
-def make_steps(d: Diffusion, svi: SVI, settings: Settings, mesh: Mesh | None) -> Any:
-    """A compiled loop over steps of SVI: `run(state, average, x, num_rows, batch_keys, start, stop)`.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def run_steps(
+    d: Diffusion,
+    settings: Settings,
+    mesh: Mesh | None,
+    state: Any,
+    average: Params | None,
+    x: Data,
+    num_rows: int,
+    batch_keys: Key,
+    start: int,
+    stop: int,
+) -> tuple[Any, Params, Params | None, Any]:
+    """Steps `start` to `stop` of SVI, on batches drawn from the first `num_rows` rows of x.
 
-    It draws batches from the first `num_rows` rows of x, and returns the state, its params, their moving average where
-    one is given, and the losses (C, check_every).
+    It gives the state, its params, their moving average where one is given, and the losses (C, check_every). It is
+    compiled once for a diffusion and its settings.
     """
+    svi = make_svi(d, settings)
+    of_batch = jax.ShapeDtypeStruct((settings.batch_size, *d.event_shape), x.dtype)
+    jax.eval_shape(svi.init, batch_keys[0], of_batch)  # from which SVI learns how params are constrained
 
-    @jax.jit
-    def run(
-        state: Any, average: Params | None, x: Data, num_rows: int, batch_keys: Key, start: int, stop: int
-    ) -> tuple[Any, Params, Params | None, Any]:
-        def advance(one: tuple[Any, Params | None, Key]) -> tuple[Any, Params, Params | None, Any]:
-            state, average, batch_key = one
-            options = {}
-            if settings.objective == "at_time" and settings.times == "weighted":
-                key_probs = jax.random.fold_in(jax.random.fold_in(batch_key, start), settings.batch_size)
-                options["time_probs"] = time_probs(d, svi.get_params(state), x, num_rows, key_probs)
+    def advance(one: tuple[Any, Params | None, Key]) -> tuple[Any, Params, Params | None, Any]:
+        state, average, batch_key = one
+        options = {}
+        if settings.objective == "at_time" and settings.times == "weighted":
+            key_probs = jax.random.fold_in(jax.random.fold_in(batch_key, start), settings.batch_size)
+            options["time_probs"] = time_probs(d, svi.get_params(state), x, num_rows, key_probs)
 
-            def step(i: Any, carry: Any) -> Any:
-                state, average, losses = carry
-                rows = jax.random.randint(jax.random.fold_in(batch_key, i), (settings.batch_size,), 0, num_rows)
-                state, loss = svi.update(state, devices.constrain(x[rows], mesh, "data"), **options)
-                state = devices.constrain(state, mesh)
-                if average is not None:
-                    weight = jnp.maximum(_AVERAGING, 1 / (1 + i))  # a plain mean until there is enough to average
-                    average = optax.incremental_update(svi.get_params(state), average, weight)
-                return state, average, losses.at[i - start].set(loss)
+        def step(i: Any, carry: Any) -> Any:
+            state, average, losses = carry
+            rows = jax.random.randint(jax.random.fold_in(batch_key, i), (settings.batch_size,), 0, num_rows)
+            state, loss = svi.update(state, devices.constrain(x[rows], mesh, "data"), **options)
+            state = devices.constrain(state, mesh)
+            if average is not None:
+                weight = jnp.maximum(_AVERAGING, 1 / (1 + i))  # a plain mean until there is enough to average
+                average = optax.incremental_update(svi.get_params(state), average, weight)
+            return state, average, losses.at[i - start].set(loss)
 
-            losses = jnp.zeros(settings.check_every)
-            state, average, losses = jax.lax.fori_loop(start, stop, step, (state, average, losses))
-            return state, svi.get_params(state), average, losses
+        losses = jnp.zeros(settings.check_every)
+        state, average, losses = jax.lax.fori_loop(start, stop, step, (state, average, losses))
+        return state, svi.get_params(state), average, losses
 
-        return devices.each_fit(advance, mesh)((state, average, batch_keys))
-
-    return run
+    return devices.each_fit(advance, mesh)((state, average, batch_keys))
 
 
 def train(
@@ -235,9 +241,7 @@ def train(
     svi = make_svi(d, settings)
     init_key, batch_key, validation_key = jax.random.split(rng_key, 3)
     batch_keys = jax.random.split(batch_key, settings.num_chains)
-    state, params = start_state(
-        svi, jnp.zeros((settings.batch_size, *d.event_shape)), jax.random.split(init_key, settings.num_chains)
-    )
+    state, params = start_state(d, settings, jax.random.split(init_key, settings.num_chains))
     num_checks = math.ceil(settings.num_steps / settings.check_every)
     progress = {
         "state": state,
@@ -246,7 +250,6 @@ def train(
         "losses": np.full((settings.num_chains, settings.num_steps), np.nan, jnp.result_type(float)),
         "validation": np.full((settings.num_chains, num_checks), np.nan),
     }
-    run = make_steps(d, svi, settings, mesh)
     first_check, checkpoints = 0, None
     if checkpoint_dir is not None or jax.process_count() > 1:
         arguments = configuration(_described(settings, svi, state), d, x, units, validation, rng_key, state)
@@ -271,7 +274,9 @@ def train(
         start = check * settings.check_every
         stop = min(start + settings.check_every, settings.num_steps)
         rows, num_rows = next(buffers)
-        state, params, average, losses = run(state, average, rows, num_rows, batch_keys, start, stop)
+        state, params, average, losses = run_steps(
+            d, settings, mesh, state, average, rows, num_rows, batch_keys, start, stop
+        )
         losses = np.asarray(devices.fetch(losses, mesh))[:, : stop - start]
         _check_finite(losses, start)
         progress["losses"][:, start:stop] = losses

@@ -60,14 +60,14 @@ def measure(depth, width, batch, name, rates, steps):
     network = networks.ResidualMLP(width, depth, dtype=dtype)
     d = probdiff.GaussianDiffusion((D,), schedules.LearnedBetas(T), network)
     settings = loop.Settings(20_000, batch, 1, check_every=steps, times="weighted")
-    svi, keys = loop.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
+    keys = jax.random.split(jax.random.key(0), 1)
     x = jax.random.normal(jax.random.key(1), (max(batch, 2**18), D))
     row = {"network": f"{depth}×{width}", "batch": batch, "products": name}
     try:
         with jax.default_matmul_precision(precision):
-            state, params = loop.start_state(svi, x[:512], keys)
+            state, params = loop.start_state(d, settings, keys)
             arguments = jax.device_put((state, None, x, len(x), keys, 0, steps))
-            run = loop.make_steps(d, svi, settings, None).lower(*arguments).compile()
+            run = loop.run_steps.lower(d, settings, None, *arguments).compile()
             if "callback" in run.as_text():
                 raise AssertionError("the loop calls back to the host")
         with jax.transfer_guard("disallow"):

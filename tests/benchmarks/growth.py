@@ -37,13 +37,13 @@ print(jax_done - start, done - jax_done, time.perf_counter() - start)
 """
 
 
-def program(T):
-    """A chunk of steps as a lowered program, and its arguments."""
+def arguments(T):
+    """What a stretch of steps is compiled for, and the arrays that it then takes."""
     d, x = diffusion(2, 128, 3, T), jnp.asarray(np.random.default_rng(0).normal(size=(20_000, 2)), jnp.float32)
     settings = loop.Settings(20_000, 512, 1, check_every=STEPS, times="weighted")
-    svi, keys = loop.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
-    state, _ = loop.start_state(svi, x[:512], keys)
-    return loop.make_steps(d, svi, settings, None), (state, None, x, len(x), keys, 0, STEPS)
+    keys = jax.random.split(jax.random.key(0), 1)
+    state, _ = loop.start_state(d, settings, keys)
+    return (d, settings, None), (state, None, x, len(x), keys, 0, STEPS)
 
 
 def main():
@@ -53,9 +53,9 @@ def main():
     for _ in range(repetitions):
         for T in times:
             jax.clear_caches()
-            run, arguments = program(T)
+            static, arrays = arguments(T)
             start = time.perf_counter()
-            compiled[T] = (run.lower(*arguments).compile(), arguments)
+            compiled[T] = (loop.run_steps.lower(*static, *arrays).compile(), arrays)
             seconds_to_compile[T].append(time.perf_counter() - start)
     steps = {T: (lambda c=c, a=a: jax.block_until_ready(c(*a))) for T, (c, a) in compiled.items()}
     seconds = alternate(steps, 1 if small else 7)

@@ -60,14 +60,13 @@ def losses(d, params, x_0, key):
 def stretches(d, x, steps, check_every, times):
     """So many steps of the package in compiled stretches of `check_every`, to be called again and again."""
     settings = loop.Settings(20_000, BATCH, 1, check_every=check_every, times=times)
-    svi, keys = loop.make_svi(d, settings), jax.random.split(jax.random.key(0), 1)
-    state, _ = loop.start_state(svi, x[:BATCH], keys)
-    run = loop.make_steps(d, svi, settings, None)
+    keys = jax.random.split(jax.random.key(0), 1)
+    state, _ = loop.start_state(d, settings, keys)
 
     def call():
         after = state
         for start in range(0, steps, check_every):
-            after, *_ = run(after, None, x, len(x), keys, start, start + check_every)
+            after, *_ = loop.run_steps(d, settings, None, after, None, x, len(x), keys, start, start + check_every)
         jax.block_until_ready(after)
 
     return call

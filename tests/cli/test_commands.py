@@ -229,7 +229,7 @@ def test_a_run_is_not_overwritten(own, probdiff):
     assert err == "probdiff: runs/own already holds a run: add --resume to go on with it, or --out for another folder\n"
 
 
-@pytest.mark.parametrize("command", ["fit", "sample"])
+@pytest.mark.parametrize("command", ["fit", pytest.param("sample", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_loses_nothing(own, command):
     """A limit on the size of files stands for a full disk, in a process of its own."""
     files = {file: file.read_bytes() for file in own.parent.rglob("*") if file.is_file()}

@@ -42,6 +42,7 @@ def test_it_is_drawn_from_and_fills_cells(probdiff, wine):
     assert "1 empty cells in 2 rows filled 3 times" in out
 
 
+@pytest.mark.slow
 def test_its_derivation_is_checked(probdiff, wine):
     code, out, err = probdiff("check", wine, "--num-draws", 100, "--max-data", 2)
     assert code == 0, out + err

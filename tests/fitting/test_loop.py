@@ -117,7 +117,7 @@ def test_other_objectives_fit_too(objective):
 
 def test_early_stopping_keeps_the_best_of_each_fit():
     settings = training.Settings(
-        num_steps=2000, batch_size=8, num_chains=2, learning_rate=0.05, check_every=20, patience=3
+        num_steps=2000, batch_size=8, num_chains=2, learning_rate=0.02, check_every=20, patience=3
     )
     d = mlp_diffusion(width=32)
     trained = training.train(d, X[:8], settings, rng_key=KEY, validation=X[8:], progress_bar=False)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+from helpers.once import once
 from probdiff import Fit, GaussianDiffusion, networks, schedules
 
 UNEVEN_BETA = np.array([0.03, 0.11, 0.07, 0.3, 0.24])  # not symmetric in t
@@ -24,6 +25,7 @@ class Linear(eqx.Module):
         )
 
 
+@once
 def linear_diffusion(covariance, num_features=2, seed=0, schedule=None):
     """A linear-Gaussian diffusion with random coefficients."""
     rng = np.random.default_rng(seed)
@@ -37,6 +39,7 @@ def linear_diffusion(covariance, num_features=2, seed=0, schedule=None):
     return GaussianDiffusion((num_features,), schedule or schedules.Fixed(UNEVEN_BETA), network, covariance)
 
 
+@once
 def mlp_diffusion(covariance="full", schedule=None, event_shape=(2,), width=8, depth=1):
     schedule = schedule or schedules.LearnedBetas(len(UNEVEN_BETA), UNEVEN_BETA)
     return GaussianDiffusion(event_shape, schedule, networks.ResidualMLP(width, depth), covariance)

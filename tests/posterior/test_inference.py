@@ -6,6 +6,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 import xarray as xr
+from helpers.once import once
 from numpyro import handlers
 from scipy import stats
 
@@ -54,6 +55,7 @@ def fitted(covariance, means, C, T=5, loc=0.0, scale=1.0, event_shape=None):
     return Fit(d, params, np.zeros((1, 1)), np.zeros((1, 0)), loc, scale)
 
 
+@once
 def linear_fit(covariance, T=5):
     """A linear-Gaussian chain in units of its own, and the mean and covariance of its x_0 in the data's."""
     fit = fitted(covariance, [0.2, -0.1], [[1.1, 0.5], [0.5, 0.7]], T, [1.0, -2.0], [2.0, 0.5])
@@ -68,6 +70,7 @@ def linear_fit(covariance, T=5):
     return fit, fit.loc + scale @ mean, scale @ cov @ scale
 
 
+@once
 def three_modes(covariance="full"):
     return fitted(covariance, [[-1.2, 0.3], [0.0, -1.0], [1.2, 0.7]], 0.1 * np.eye(2), 5, [1.0, -2.0], [2.0, 0.5])
 
@@ -95,13 +98,13 @@ KINDS = {
 @pytest.mark.parametrize(
     ("covariance", "kind", "T"),
     [
-        ("fixed", "linear", 5),
+        pytest.param("fixed", "linear", 5, marks=pytest.mark.slow),
         ("diagonal", "linear", 5),
         ("full", "linear", 5),
         ("diagonal", "function", 5),
-        ("full", "function", 5),
+        pytest.param("full", "function", 5, marks=pytest.mark.slow),
         ("diagonal", "black box", 5),
-        ("full", "linear", 1),
+        pytest.param("full", "linear", 1, marks=pytest.mark.slow),
     ],
 )
 def test_posterior_and_evidence_of_a_linear_chain(x64, covariance, kind, T):
@@ -117,7 +120,7 @@ def test_posterior_and_evidence_of_a_linear_chain(x64, covariance, kind, T):
     assert dt["evidence"].dataset["effective_draws"][0] > 500
 
 
-@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+@pytest.mark.parametrize("covariance", [pytest.param("diagonal", marks=pytest.mark.slow), "full"])
 def test_missing_values_in_any_pattern(x64, covariance):
     fit, mean, cov = linear_fit(covariance)
     x = np.array([[3.0, np.nan], [np.nan, -1.8], [3.0, -1.8], [np.nan, np.nan]])

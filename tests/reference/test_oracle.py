@@ -17,21 +17,17 @@ UNEVEN = np.array([0.03, 0.11, 0.07, 0.3, 0.9])
 @pytest.fixture
 def optimised_steps(monkeypatch):
     """The steps of SVI are compiled with every optimisation: they run for longer than that takes."""
-    make, flag = training.make_steps, "jax_disable_most_optimizations"
+    run, flag = training.run_steps, "jax_disable_most_optimizations"
 
-    def make_optimised(*arguments):
-        run, usual = make(*arguments), jax.config.values[flag]
+    def optimised(*arguments):
+        usual = jax.config.values[flag]
+        jax.config.update(flag, False)
+        try:
+            return run(*arguments)
+        finally:
+            jax.config.update(flag, usual)
 
-        def steps(*arguments):
-            jax.config.update(flag, False)
-            try:
-                return run(*arguments)
-            finally:
-                jax.config.update(flag, usual)
-
-        return steps
-
-    monkeypatch.setattr(training, "make_steps", make_optimised)
+    monkeypatch.setattr(training, "run_steps", optimised)
 
 
 def scalars(mixture):
@@ -109,7 +105,7 @@ def test_the_best_network_reaches_it_and_others_do_not(name):
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("T", [2, 8])
+@pytest.mark.parametrize("T", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_optimum_is_one(name, T):
     """No random change of β_t and no further start does better, and the quadrature is right there to 1e-6."""
     mixture = MIXTURES[name]
@@ -134,7 +130,11 @@ def test_the_best_elbo_grows_with_T_towards_the_log_likelihood():
 
 
 # every mixture, from three of five starts; all combinations are in the benchmark
-CASES = [("two", 4, "cosine"), ("three", 8, "default"), ("narrow beside wide", 16, "harmonic")]
+CASES = [
+    ("two", 4, "cosine"),
+    pytest.param("three", 8, "default", marks=pytest.mark.slow),
+    pytest.param("narrow beside wide", 16, "harmonic", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.usefixtures("optimised_steps")
