@@ -40,6 +40,15 @@ def test_fits_are_independent_and_learn(whole):
     assert longer.losses[0, -50:].mean() < longer.losses[0, :50].mean() - 0.1
 
 
+def test_a_second_fit_with_the_same_settings_compiles_no_steps(whole, caplog):
+    with jax.log_compiles():
+        other = training.train(mlp_diffusion(), X[::-1], SETTINGS, rng_key=jax.random.key(1), progress_bar=False)
+        assert not any("run_steps" in record.message for record in caplog.records)
+        train(training.Settings(num_steps=7, batch_size=16, check_every=7, times="even"))
+        assert any("Compiling jit(run_steps)" in record.message for record in caplog.records)
+    assert not np.array_equal(other.losses, whole.losses)
+
+
 def test_first_loss_is_that_of_svi(whole):
     """The loop is `SVI.update` and no more: one chain, done by hand. Adam's first step is the learning rate itself."""
     d = mlp_diffusion()
