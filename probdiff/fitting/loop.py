@@ -238,7 +238,7 @@ def train(
     if resume and checkpoint_dir is None:
         raise ValueError("resume wants the folder of the run to go on with; pass checkpoint_dir=")
     mesh = devices.choose_mesh(mesh, settings.num_chains, settings.batch_size)
-    svi = make_svi(d, settings)
+    svi = make_svi(d, settings)  # which refuses what cannot be fitted, before anything is compiled
     init_key, batch_key, validation_key = jax.random.split(rng_key, 3)
     batch_keys = jax.random.split(batch_key, settings.num_chains)
     state, params = start_state(d, settings, jax.random.split(init_key, settings.num_chains))

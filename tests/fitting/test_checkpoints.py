@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.diffusions import linear_diffusion, mlp_diffusion
+from helpers.stopped import stopped_after
 from test_loop import KEY, SETTINGS, X, same, train
 
 from probdiff import BinomialDiffusion, GaussianDiffusion, networks, schedules
@@ -41,19 +42,10 @@ def folder(made, tmp_path):
     return shutil.copytree(made[1], tmp_path / "run")
 
 
-def test_a_run_with_validation_and_dropout_goes_on_with_the_same_bits(monkeypatch, tmp_path):
+def test_a_run_with_validation_and_dropout_goes_on_with_the_same_bits(tmp_path):
     settings = training.Settings(num_steps=40, batch_size=16, num_chains=2, check_every=10, patience=5, dropout=True)
-    save = checkpoints.Checkpoints.save
-
-    def save_and_stop(self, check, tree):
-        save(self, check, tree)
-        if check == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints.Checkpoints, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(3):
         train(settings, validation=X[:20], checkpoint_dir=tmp_path)
-    monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
     resumed = train(settings, validation=X[:20], checkpoint_dir=tmp_path, resume=True)
     uninterrupted = train(settings, validation=X[:20])
     assert same(resumed, uninterrupted)

@@ -3,10 +3,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.diffusions import mlp_diffusion
+from helpers.stopped import stopped_after
 
 import probdiff
 from probdiff import streams
-from probdiff.fitting import checkpoints
 
 X = np.random.default_rng(0).normal([3.0, -1.0], [2.0, 0.1], size=(1000, 2))
 
@@ -55,23 +55,13 @@ def test_a_stream_of_one_buffer_fits_as_the_array_does(tmp_path):
     np.testing.assert_allclose(streamed.losses, whole.losses, rtol=1e-5)
 
 
-def test_a_stopped_fit_of_a_stream_goes_on_with_the_same_bits(tmp_path, monkeypatch):
-
+def test_a_stopped_fit_of_a_stream_goes_on_with_the_same_bits(tmp_path):
     np.save(tmp_path / "x.npy", X)
     stream = streams.stream(tmp_path / "x.npy", block_rows=50)
     options = {"rng_key": jax.random.key(0), "num_steps": 60, "batch_size": 8, "check_every": 10, "progress_bar": False}
     whole = probdiff.fit(mlp_diffusion(), stream, **options)
-    save = checkpoints.Checkpoints.save
-
-    def save_and_stop(self, check, tree):
-        save(self, check, tree)
-        if check == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints.Checkpoints, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(2):
         probdiff.fit(mlp_diffusion(), stream, checkpoint_dir=tmp_path / "run", **options)
-    monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
     resumed = probdiff.fit(mlp_diffusion(), stream, checkpoint_dir=tmp_path / "run", resume=True, **options)
     np.testing.assert_array_equal(resumed.losses, whole.losses)
 
