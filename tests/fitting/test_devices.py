@@ -7,35 +7,38 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers.diffusions import light_diffusion
 from jax.sharding import Mesh
+from test_loop import KEY, X
 
-from probdiff import devices
+from probdiff.fitting import devices
+from probdiff.fitting import loop as training
 
 TESTS = str(Path(__file__).parents[1])
 
-FIT = """
-import sys, jax, numpy as np
-from jax.sharding import Mesh
-sys.path[:0] = [{tests!r}, {tests!r} + "/fitting"]
-address, index, count = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-if count > 1:
-    jax.distributed.initialize(address, count, index)
-import test_loop
-from helpers.diffusions import mlp_diffusion
-from probdiff.fitting import checkpoints
-from probdiff.fitting import loop as training
-def fit(num_chains=1, mesh=None, *, folder=None, x=test_loop.X[:61], **options):
+
+def fit(num_chains=1, mesh=None, x=X[:61], **options):
     settings = training.Settings(num_steps=20, batch_size=16, num_chains=num_chains, check_every=10, times="even")
-    return training.train(
-        diffusion, x, settings, rng_key=test_loop.KEY, validation=test_loop.X[61:],
-        checkpoint_dir=folder and sys.argv[1] + folder, progress_bar=False, mesh=mesh, **options,
-    )
-def save(*trees):
-    np.savez(sys.argv[1] + f"-{{index}}", *jax.tree.leaves(trees))
+    options = {"rng_key": KEY, "validation": X[61:], "progress_bar": False, "mesh": mesh, **options}
+    return training.train(light_diffusion(), x, settings, **options)
+
+
+def save(name, *trees):
+    np.savez(name, *jax.tree.leaves(trees))
+
+
 def kept(fits):
     return [(f.params, f.losses, f.validation) for f in fits]
-local = np.array(jax.local_devices())
-diffusion = mlp_diffusion()  # one, that its steps are compiled once
+
+
+PROGRAM = """
+import sys, jax
+sys.path[:0] = [{tests!r}, {tests!r} + "/fitting"]
+out, address, index, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+if count > 1:
+    jax.distributed.initialize(address, count, index)
+from test_devices import *
+out_of_this = out + f"-{{index}}"
 """
 
 
@@ -45,7 +48,7 @@ def run(out, code, count=1, devices=1):
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    program = FIT.format(tests=TESTS) + code
+    program = PROGRAM.format(tests=TESTS) + code
     processes = [
         subprocess.Popen([sys.executable, "-c", program, out, address, str(i), str(count)], env=environment)
         for i in range(count)
@@ -59,8 +62,8 @@ def run(out, code, count=1, devices=1):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return run(str(tmp_path_factory.mktemp("one") / "fit"), "save(kept([fit(1), fit(2)]))")[0]
+def alone():
+    return jax.tree.leaves(kept([fit(1), fit(2)]))
 
 
 def agree(leaves, others):
@@ -86,7 +89,7 @@ def test_eight_devices_fit_as_one_does(alone, tmp_path):
 
     The rows lie spread out: 8 of 64 on each of eight devices for one chain, 16 on each of four for each of two.
     """
-    code = SPREAD + ("spread = [fit(1), fit(2)]\nwhere = np.array([seen[1], seen[2]])\nsave(kept(spread), where)\n")
+    code = SPREAD + "save(out_of_this, kept([fit(1), fit(2)]), np.array([seen[1], seen[2]]))"
     *leaves, where = run(str(tmp_path / "fit"), code, devices=8)[0]
     agree(leaves, alone)
     np.testing.assert_array_equal(where, [[8, 8, 1], [8, 16, 1]])  # devices, rows on each, chains on each
@@ -94,41 +97,43 @@ def test_eight_devices_fit_as_one_does(alone, tmp_path):
 
 @pytest.mark.slow
 def test_devices_of_a_mesh_that_is_given_fit_as_one_does(alone, tmp_path):
-    code = "save(kept([fit(1, jax.make_mesh((4,), ('data',))), fit(2, Mesh(local[:2], ('chain',)))]))\n"
+    meshes = "jax.make_mesh((4,), ('data',)), Mesh(np.array(jax.local_devices()[:2]), ('chain',))"
+    code = f"save(out_of_this, kept(map(fit, (1, 2), ({meshes}))))"
     agree(run(str(tmp_path / "fit"), code, devices=8)[0], alone)
 
 
 TWO = """
-from pathlib import Path
 import probdiff
+from probdiff.fitting import checkpoints
 from probdiff.likelihood import result
-whole = fit(folder="-whole")
+whole = fit(checkpoint_dir=out + "-whole")
 save_one = checkpoints.Checkpoints.save
 def stopping(self, check, tree):
     save_one(self, check, tree)
     raise RuntimeError("stopped")
 checkpoints.Checkpoints.save = stopping
 try:
-    fit(folder="-run")
+    fit(checkpoint_dir=out + "-run")
 except RuntimeError:
     pass
 checkpoints.Checkpoints.save = save_one
-resumed = fit(folder="-run", resume=True)
+resumed = fit(checkpoint_dir=out + "-run", resume=True)
 said = []
 def wrong(kind, fit=fit, **options):
     try:
         fit(**options)
     except kind as error:
         said.append(str(error))
-wrong(ValueError, x=test_loop.X[:61] + index)
+wrong(ValueError, x=X[:61] + index)
 def fit_in_units(x):
-    return probdiff.fit(mlp_diffusion(), x, rng_key=test_loop.KEY, num_steps=1, batch_size=4)
-wrong(ValueError, fit_in_units, x=test_loop.X * 2.0**index)  # the same, but for their units
-wrong(FileExistsError, folder="-run")
+    options = {"num_steps": 20, "batch_size": 16, "check_every": 10, "times": "even", "dropout": False}
+    return probdiff.fit(light_diffusion(), x, rng_key=KEY, validation=0.0, **options)
+wrong(ValueError, fit_in_units, x=X * 2.0**index)  # the same, but for their units
+wrong(FileExistsError, checkpoint_dir=out + "-run")
 if index == 0:
     training.elbo = lambda *_, **__: result.LogLikelihood(np.array([np.nan]), np.zeros(1), "lower bound")
 wrong(FloatingPointError)
-save(kept([whole, resumed]), np.array(said))
+save(out_of_this, kept([whole, resumed]), np.array(said))
 """
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import numpyro
 import optax
 import pytest
-from helpers.diffusions import mlp_diffusion
+from helpers.diffusions import light_diffusion, mlp_diffusion
 from numpyro import handlers
 from numpyro.infer import TraceMeanField_ELBO
 
@@ -18,8 +18,8 @@ X = X.astype(np.float32)
 KEY = jax.random.key(0)
 
 
-def train(settings=SETTINGS, **kwargs):
-    return training.train(mlp_diffusion(), X, settings, rng_key=KEY, progress_bar=False, **kwargs)
+def train(settings=SETTINGS, d=None, **options):
+    return training.train(d or mlp_diffusion(), X, settings, rng_key=KEY, progress_bar=False, **options)
 
 
 def same(a, b):
@@ -44,7 +44,7 @@ def test_a_second_fit_with_the_same_settings_compiles_no_steps(whole, caplog):
     with jax.log_compiles():
         other = training.train(mlp_diffusion(), X[::-1], SETTINGS, rng_key=jax.random.key(1), progress_bar=False)
         assert not any("run_steps" in record.message for record in caplog.records)
-        train(training.Settings(num_steps=7, batch_size=16, check_every=7, times="even"))
+        train(training.Settings(num_steps=7, batch_size=16, check_every=7, times="even"), light_diffusion())
         assert any("Compiling jit(run_steps)" in record.message for record in caplog.records)
     assert not np.array_equal(other.losses, whole.losses)
 
@@ -70,7 +70,7 @@ def test_first_loss_is_that_of_svi(whole):
 @pytest.mark.parametrize("optimizer", [optax.sgd(0.02), numpyro.optim.Adam(0.02)])
 def test_an_optimiser_of_ones_own_takes_the_place_of_adam(optimizer):
     """The first step by hand: minus 0.02 times the gradient, or 0.02 in the direction of minus its sign."""
-    d = mlp_diffusion()
+    d = mlp_diffusion("fixed")
     settings = training.Settings(num_steps=2, batch_size=16, check_every=2, times="even", optimizer=optimizer)
     svi = training.make_svi(d, settings)
     state = svi.init(KEY, X[:16])
@@ -90,21 +90,22 @@ def test_an_optimiser_of_ones_own_takes_the_place_of_adam(optimizer):
 
 def test_a_fit_by_an_optimiser_of_ones_own_learns():
     x = X.astype(float)
-    options = {"rng_key": KEY, "num_steps": 300, "batch_size": 16, "check_every": 300, "progress_bar": False}
-    fit = probdiff.fit(mlp_diffusion(), x, optimizer=optax.adamw(2e-2), validation=0.0, dropout=False, **options)
+    options = {"num_steps": 300, "batch_size": 16, "check_every": 300, "times": "even", "progress_bar": False}
+    options["rng_key"] = KEY
+    fit = probdiff.fit(light_diffusion(), x, optimizer=optax.adamw(2e-2), validation=0.0, dropout=False, **options)
     assert fit.losses[-50:].mean() < fit.losses[:50].mean() - 0.1
     for name in ("learning_rate", "gradient_clip"):
         with pytest.raises(ValueError, match=f"{name} is 0.1, and optimizer is given"):
-            probdiff.fit(mlp_diffusion(), x, optimizer=optax.sgd(0.1), **{name: 0.1}, **options)
+            probdiff.fit(light_diffusion(), x, optimizer=optax.sgd(0.1), **{name: 0.1}, **options)
     with pytest.raises(TypeError, match=r"optimizer is 0\.1; it must be an Optax transformation"):
-        probdiff.fit(mlp_diffusion(), x, optimizer=0.1, **options)
+        probdiff.fit(light_diffusion(), x, optimizer=0.1, **options)
 
 
 def test_the_params_that_are_checked_are_an_average():
     """Of three steps, done by hand; so early the average is the plain mean."""
     settings = training.Settings(num_steps=3, batch_size=16, num_chains=1, check_every=3, times="even")
-    trained = train(settings, validation=X)
-    svi = training.make_svi(mlp_diffusion(), settings)
+    trained = train(settings, light_diffusion(), validation=X)
+    svi = training.make_svi(light_diffusion(), settings)
     init_key, batch_key, _ = jax.random.split(KEY, 3)
     state, key = svi.init(jax.random.split(init_key, 1)[0], X[:16]), jax.random.split(batch_key, 1)[0]
     steps, update, get_params = [], jax.jit(svi.update), jax.jit(svi.get_params)
@@ -119,16 +120,17 @@ def test_the_params_that_are_checked_are_an_average():
 
 @pytest.mark.parametrize("objective", ["mean_field", "trace"])
 def test_other_objectives_fit_too(objective):
-    trained = train(training.Settings(num_steps=300, batch_size=16, num_chains=1, objective=objective, check_every=150))
+    settings = training.Settings(num_steps=300, batch_size=16, objective=objective, check_every=150)
+    trained = train(settings, mlp_diffusion("fixed"))
     assert np.all(np.isfinite(trained.losses))
     assert trained.losses[0, -50:].mean() < trained.losses[0, :50].mean() - 0.1
 
 
 def test_early_stopping_keeps_the_best_of_each_fit():
     settings = training.Settings(
-        num_steps=2000, batch_size=8, num_chains=2, learning_rate=0.02, check_every=20, patience=3
+        num_steps=2000, batch_size=8, num_chains=2, learning_rate=0.02, check_every=20, patience=3, times="even"
     )
-    d = mlp_diffusion(width=32)
+    d = light_diffusion(width=32)
     trained = training.train(d, X[:8], settings, rng_key=KEY, validation=X[8:], progress_bar=False)
     steps, checks = trained.losses.shape[1], trained.validation.shape[1]
     assert steps < 2000

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.diffusions import mlp_diffusion
+from helpers.diffusions import light_diffusion
 from helpers.stopped import stopped_after
 
 import probdiff
@@ -49,20 +49,28 @@ def test_a_stream_of_one_buffer_fits_as_the_array_does(tmp_path):
         "batch_size": 16,
         "check_every": 20,
         "progress_bar": False,
+        "times": "even",
     }
-    whole = probdiff.fit(mlp_diffusion(), X, **options)
-    streamed = probdiff.fit(mlp_diffusion(), streams.stream(tmp_path / "x.npy"), **options)
+    whole = probdiff.fit(light_diffusion(), X, **options)
+    streamed = probdiff.fit(light_diffusion(), streams.stream(tmp_path / "x.npy"), **options)
     np.testing.assert_allclose(streamed.losses, whole.losses, rtol=1e-5)
 
 
 def test_a_stopped_fit_of_a_stream_goes_on_with_the_same_bits(tmp_path):
     np.save(tmp_path / "x.npy", X)
     stream = streams.stream(tmp_path / "x.npy", block_rows=50)
-    options = {"rng_key": jax.random.key(0), "num_steps": 60, "batch_size": 8, "check_every": 10, "progress_bar": False}
-    whole = probdiff.fit(mlp_diffusion(), stream, **options)
+    options = {
+        "rng_key": jax.random.key(0),
+        "num_steps": 60,
+        "batch_size": 8,
+        "check_every": 10,
+        "progress_bar": False,
+        "times": "even",
+    }
+    whole = probdiff.fit(light_diffusion(), stream, **options)
     with stopped_after(2):
-        probdiff.fit(mlp_diffusion(), stream, checkpoint_dir=tmp_path / "run", **options)
-    resumed = probdiff.fit(mlp_diffusion(), stream, checkpoint_dir=tmp_path / "run", resume=True, **options)
+        probdiff.fit(light_diffusion(), stream, checkpoint_dir=tmp_path / "run", **options)
+    resumed = probdiff.fit(light_diffusion(), stream, checkpoint_dir=tmp_path / "run", resume=True, **options)
     np.testing.assert_array_equal(resumed.losses, whole.losses)
 
 
@@ -85,12 +93,12 @@ def test_blocks_and_buffers_are_bounded_in_bytes(tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_other_blocks_is_refused(tmp_path):
     np.save(tmp_path / "x.npy", X)
-    options = {"rng_key": jax.random.key(0), "num_steps": 2, "batch_size": 8, "progress_bar": False}
+    options = {"rng_key": jax.random.key(0), "num_steps": 2, "batch_size": 8, "progress_bar": False, "times": "even"}
     folder = tmp_path / "run"
-    probdiff.fit(mlp_diffusion(), streams.stream(tmp_path / "x.npy", block_rows=50), checkpoint_dir=folder, **options)
+    probdiff.fit(light_diffusion(), streams.stream(tmp_path / "x.npy", block_rows=50), checkpoint_dir=folder, **options)
     other = streams.stream(tmp_path / "x.npy", block_rows=100)
     with pytest.raises(ValueError, match="holds a run of another configuration: its x is"):
-        probdiff.fit(mlp_diffusion(), other, checkpoint_dir=folder, resume=True, **options)
+        probdiff.fit(light_diffusion(), other, checkpoint_dir=folder, resume=True, **options)
 
 
 def bad(tmp_path, name, x):
@@ -107,7 +115,7 @@ def bad(tmp_path, name, x):
 )
 def test_bad_rows_are_refused_in_the_pass_for_the_moments(tmp_path, x, words):
     with pytest.raises(ValueError, match=words):
-        probdiff.fit(mlp_diffusion(), streams.stream(bad(tmp_path, "x.npy", x)), rng_key=jax.random.key(0))
+        probdiff.fit(light_diffusion(), streams.stream(bad(tmp_path, "x.npy", x)), rng_key=jax.random.key(0))
 
 
 def test_bad_files_are_refused(tmp_path):
@@ -130,18 +138,23 @@ def test_bad_files_are_refused(tmp_path):
 def test_a_stream_of_another_shape_and_a_share_to_hold_out_are_refused(tmp_path):
     stream = streams.stream(bad(tmp_path, "x.npy", X[:, :1]))
     with pytest.raises(ValueError, match=r"x is a stream of shape \(1000, 1\); this diffusion has event_shape \(2,\)"):
-        probdiff.fit(mlp_diffusion(), stream, rng_key=jax.random.key(0))
+        probdiff.fit(light_diffusion(), stream, rng_key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"validation is 0.1; of a stream no share is held out"):
         probdiff.fit(
-            mlp_diffusion(), streams.stream(bad(tmp_path, "y.npy", X)), rng_key=jax.random.key(0), validation=0.1
+            light_diffusion(), streams.stream(bad(tmp_path, "y.npy", X)), rng_key=jax.random.key(0), validation=0.1
         )
 
 
-def test_a_stream_of_many_features_and_few_rows_is_fitted_without_held_out_rows(tmp_path):
-    x = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
-    np.save(tmp_path / "x.npy", x)
-    d = mlp_diffusion(event_shape=(8,))
-    fit = probdiff.fit(
-        d, streams.stream(tmp_path / "x.npy"), rng_key=jax.random.key(0), num_steps=3, progress_bar=False
-    )
-    assert fit.validation.size == 0
+def test_of_a_stream_of_many_features_and_few_rows_none_are_held_out(tmp_path, monkeypatch):
+    class HandedOver(Exception):
+        pass
+
+    def hand_over(*_, **options):
+        raise HandedOver(options["validation"])
+
+    monkeypatch.setattr("probdiff.fitting.fit.train", hand_over)
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32))
+    d = light_diffusion(event_shape=(8,))
+    with pytest.raises(HandedOver) as caught:
+        probdiff.fit(d, streams.stream(tmp_path / "x.npy"), rng_key=jax.random.key(0))
+    assert caught.value.args == (None,)
