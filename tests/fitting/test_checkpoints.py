@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.diffusions import linear_diffusion, mlp_diffusion
+from helpers.diffusions import light_diffusion, linear_diffusion, mlp_diffusion
 from helpers.stopped import stopped_after
 from test_loop import KEY, SETTINGS, X, same, train
 
 from probdiff import BinomialDiffusion, GaussianDiffusion, networks, schedules
-from probdiff.fitting import checkpoints
 from probdiff.fitting import loop as training
 from probdiff.fitting.checkpoints import configuration, description
 
@@ -44,10 +43,11 @@ def folder(made, tmp_path):
 
 def test_a_run_with_validation_and_dropout_goes_on_with_the_same_bits(tmp_path):
     settings = training.Settings(num_steps=40, batch_size=16, num_chains=2, check_every=10, patience=5, dropout=True)
+    d = light_diffusion()
     with stopped_after(3):
-        train(settings, validation=X[:20], checkpoint_dir=tmp_path)
-    resumed = train(settings, validation=X[:20], checkpoint_dir=tmp_path, resume=True)
-    uninterrupted = train(settings, validation=X[:20])
+        train(settings, d, validation=X[:20], checkpoint_dir=tmp_path)
+    resumed = train(settings, d, validation=X[:20], checkpoint_dir=tmp_path, resume=True)
+    uninterrupted = train(settings, d, validation=X[:20])
     assert same(resumed, uninterrupted)
     np.testing.assert_array_equal(resumed.validation, uninterrupted.validation)
 
@@ -121,33 +121,23 @@ def test_a_folder_with_a_run_is_not_overwritten(folder):
         training.train(mlp_diffusion(), X + 1, SETTINGS, rng_key=KEY, checkpoint_dir=folder, resume=True)
 
 
-def stop_after(check_wanted, monkeypatch):
-    """Has a run stop once its checkpoint of that number is written."""
-    save = checkpoints.Checkpoints.save
-
-    def save_and_stop(self, check, tree):
-        save(self, check, tree)
-        if check == check_wanted:
-            monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints.Checkpoints, "save", save_and_stop)
-
-
-def test_a_run_with_an_optimiser_of_its_own_resumes_with_that_alone(monkeypatch, tmp_path):
+def test_a_run_with_an_optimiser_of_its_own_resumes_with_that_alone(tmp_path):
     options = {"num_steps": 30, "batch_size": 16, "num_chains": 1, "check_every": 10, "times": "even"}
 
     def settings(rate):
         return training.Settings(**options, optimizer=optax.adamw(optax.cosine_decay_schedule(rate, 30)))
 
-    stop_after(2, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings(1e-2), checkpoint_dir=tmp_path)
+    def resume(settings):
+        return train(settings, light_diffusion(), checkpoint_dir=tmp_path, resume=True)
+
+    mine = settings(1e-2)
+    with stopped_after(2):
+        train(mine, light_diffusion(), checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match="another configuration: its optimizer"):
-        train(settings(2e-2), checkpoint_dir=tmp_path, resume=True)
+        resume(settings(2e-2))
     with pytest.raises(ValueError, match="another configuration: its learning_rate"):
-        train(training.Settings(**options), checkpoint_dir=tmp_path, resume=True)
-    assert same(train(settings(1e-2), checkpoint_dir=tmp_path, resume=True), train(settings(1e-2)))
+        resume(training.Settings(**options))
+    assert same(resume(mine), train(mine, light_diffusion()))
 
 
 def described(d):

@@ -9,22 +9,26 @@ from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
 
 import probdiff
-from probdiff import derivation, networks, schedules
+from helpers.once import once
+from probdiff import networks, schedules
 
 KEY = jax.random.key(0)
 
 
+@once
 def small(components=1, base_rate=0.3, D=2, T=3, schedule=None):
-    beta = np.linspace(0.2, 0.6, T)
-    schedule = schedule or schedules.LearnedBetas(T, beta)
+    """A diffusion of bits, by default of learned β_t, and params of it."""
+    schedule = schedule or schedules.LearnedBetas(T, np.linspace(0.2, 0.6, T))
     d = probdiff.BinomialDiffusion((D,), schedule, networks.ResidualMLP(8, 1), base_rate, components)
-    params = derivation.typical_params(d, jax.random.key(1))
-    last = params["network$params"].last
-    moved = 0.7 * jax.random.normal(jax.random.key(2), last.weight.shape)
-    params["network$params"] = jax.tree.map(
-        lambda leaf: moved if leaf is last.weight else leaf, params["network$params"]
-    )
-    return d, params
+    return d, params_of(d)
+
+
+def params_of(d):
+    """β_t as a fit would start from, and random numbers in the network, drawn by NumPy as nothing is to be compiled."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(d.initial_params, KEY)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape)), shapes)
+    return {**params, **({"beta": jnp.asarray(d.schedule.initial)} if "beta" in params else {})}
 
 
 def all_bits(D):
@@ -37,15 +41,20 @@ def elbo_by_enumeration(d, params, x_0):
 
     def program():
         noise, kernel = d.kernels()
-        total = 0.0
-        for x in x_0:
-            weights = [jnp.exp(d.family.marginal(x, noise, t).log_prob(states)) for t in range(1, T + 1)]
-            total += weights[0] @ kernel(states, 1).log_prob(x)
-            for t in range(2, T + 1):
-                q = d.family.posterior(states, x, noise, t)
-                log_q, log_p = (p.log_prob(states[:, None]).T for p in (q, kernel(states, t)))  # (x_t, x_{t−1})
-                total += weights[t - 1] @ jnp.sum(jnp.exp(log_q) * (log_p - log_q), 1)
-            total -= kl_divergence(d.family.marginal(x, noise, T), d.family.terminal())
-        return total
+
+        def weights(x, t):
+            return jnp.exp(d.family.marginal(x, noise, t).log_prob(states))
+
+        def step(x, t):
+            q, p = d.family.posterior(states, x, noise, t), kernel(states, t)
+            log_q, log_p = (each.log_prob(states[:, None]).T for each in (q, p))  # (x_t, x_{t−1})
+            return weights(x, t) @ jnp.sum(jnp.exp(log_q) * (log_p - log_q), 1)
+
+        def of_datum(x):
+            steps = jax.vmap(lambda t: step(x, t))(jnp.arange(2, T + 1)).sum()
+            last = kl_divergence(d.family.marginal(x, noise, T), d.family.terminal())
+            return weights(x, 1) @ kernel(states, 1).log_prob(x) + steps - last
+
+        return jax.vmap(of_datum)(x_0).sum()
 
     return handlers.substitute(program, data=params)()
