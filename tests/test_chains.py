@@ -20,6 +20,7 @@ from helpers.diffusions import (
     random_linear,
     random_params,
 )
+from helpers.pairs import slow_if
 from numpyro import handlers
 from numpyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.reparam import LocScaleReparam
@@ -127,7 +128,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+@pytest.mark.parametrize("covariance", [pytest.param("diagonal", marks=pytest.mark.slow), "full"])
 def test_every_pair_has_the_exact_elbo_on_average(pair, covariance):
     d, x = linear_diffusion(covariance), np.random.default_rng(1).normal(size=(3, 2))
     expected = sum(exact_elbo(d, x_0) for x_0 in x)
@@ -176,7 +177,7 @@ def test_each_t_is_drawn_with_its_probability():
         handlers.seed(d.forward_at_time, 0)(jnp.zeros((2, 2)), time_probs=probs[:3])
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", slow_if(PAIRS, ["stacked trace", "at time, trace"]))
 def test_gradient_in_beta_agrees_with_finite_differences(pair):
     d = mlp_diffusion("full", schedules.LearnedBetas(3, UNEVEN_BETA[1:4]))
     params, x = random_params(d), jnp.asarray(np.random.default_rng(2).normal(size=(6, 2)))

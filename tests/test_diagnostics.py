@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import xarray as xr
-from helpers.diffusions import mlp_diffusion
+from helpers.diffusions import light_diffusion
 from scipy.spatial.distance import cdist
 
 import probdiff
@@ -24,8 +24,8 @@ def x():
 
 @pytest.fixture(scope="module")
 def fitted(x):
-    d = mlp_diffusion(width=16)
-    return probdiff.fit(d, x[:1000], rng_key=KEY, num_steps=500, num_chains=2, check_every=500, progress_bar=False)
+    d, options = light_diffusion(width=16), {"num_steps": 500, "check_every": 500, "times": "even"}
+    return probdiff.fit(d, x[:1000], rng_key=KEY, num_chains=2, progress_bar=False, **options)
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_the_params_that_are_checked_are_an_average():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("objective", ["mean_field", "trace"])
+@pytest.mark.parametrize("objective", ["mean_field", pytest.param("trace", marks=pytest.mark.slow)])
 def test_other_objectives_fit_too(objective):
     settings = training.Settings(num_steps=300, batch_size=16, objective=objective, check_every=150)
     trained = train(settings, mlp_diffusion("fixed"))

@@ -63,7 +63,7 @@ def test_filters_that_resample_at_every_step_are_unbiased(fitted, monkeypatch):
     assert np.all(np.abs(z) < Z)
 
 
-@pytest.mark.parametrize("method", ["smc", "ode"])
+@pytest.mark.parametrize("method", [pytest.param("smc", marks=pytest.mark.slow), "ode"])
 def test_images_are_vectors_of_their_pixels(method):
     options = {"num_particles": 4, "num_draws": 2} if method == "smc" else {"num_draws": 2}
     values = []

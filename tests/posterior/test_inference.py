@@ -99,7 +99,7 @@ KINDS = {
     ("covariance", "kind", "T"),
     [
         pytest.param("fixed", "linear", 5, marks=pytest.mark.slow),
-        ("diagonal", "linear", 5),
+        pytest.param("diagonal", "linear", 5, marks=pytest.mark.slow),
         ("full", "linear", 5),
         ("diagonal", "function", 5),
         pytest.param("full", "function", 5, marks=pytest.mark.slow),
