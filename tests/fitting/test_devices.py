@@ -143,6 +143,7 @@ def two(tmp_path_factory):
     return run(str(tmp_path_factory.mktemp("two") / "fit"), TWO, count=2)
 
 
+@pytest.mark.slow
 def test_two_processes_fit_the_same_data_and_end_with_the_same_params(alone, two):
     """Stopped after one check, they go on to the same bits."""
     (*first, _), (*second, _) = two
@@ -154,6 +155,7 @@ def test_two_processes_fit_the_same_data_and_end_with_the_same_params(alone, two
     agree(whole, alone[: len(whole)])
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_is_that_of_all(two):
     """Other data in the second process; a folder that holds a run; validation that the first finds not finite."""
     for *_, said in two:

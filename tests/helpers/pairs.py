@@ -56,9 +56,10 @@ class Hand:
             self.extra_model({**xs, 0: x_0})
 
 
-def slow_if(names, slow):
-    """The names as cases, some of which are run with the slow tests alone."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+def slow_unless(names, quick):
+    """The names as cases, all but the quick of which are run with the slow tests alone."""
+    assert set(quick) <= set(names)
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def only(name, handler):

@@ -130,13 +130,10 @@ def test_the_best_elbo_grows_with_T_towards_the_log_likelihood():
 
 
 # every mixture, from three of five starts; all combinations are in the benchmark
-CASES = [
-    ("two", 4, "cosine"),
-    pytest.param("three", 8, "default", marks=pytest.mark.slow),
-    pytest.param("narrow beside wide", 16, "harmonic", marks=pytest.mark.slow),
-]
+CASES = [("two", 4, "cosine"), ("three", 8, "default"), ("narrow beside wide", 16, "harmonic")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised_steps")
 @pytest.mark.parametrize(("name", "T", "start"), CASES)
 def test_svi_finds_the_best_schedule(name, T, start):

@@ -1,0 +1,124 @@
+"""Draws and evidence by particle filters against closed forms and quadrature."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.posteriors import FAILURE, KEY, A, assert_close, conditioned, fitted, linear_fit, three_modes
+from scipy import stats
+
+from probdiff import posterior
+from probdiff.posterior import BlackBox, LinearGaussian
+from probdiff.posterior.filters import filters
+
+KINDS = {
+    "linear": lambda y, s: LinearGaussian(np.array([y]), A, s),
+    "function": lambda y, s: lambda x: -0.5 * ((A[0] @ x - y) / s) ** 2 - np.log(s * np.sqrt(2 * np.pi)),
+    "black box": lambda y, s: BlackBox(lambda x: -0.5 * ((A[0] @ x - y) / s) ** 2 - np.log(s * np.sqrt(2 * np.pi))),
+}
+
+
+@pytest.mark.parametrize(
+    ("covariance", "kind", "T"),
+    [
+        pytest.param("fixed", "linear", 5, marks=pytest.mark.slow),
+        pytest.param("diagonal", "linear", 5, marks=pytest.mark.slow),
+        ("full", "linear", 5),
+        ("diagonal", "function", 5),
+        pytest.param("full", "function", 5, marks=pytest.mark.slow),
+        pytest.param("diagonal", "black box", 5, marks=pytest.mark.slow),
+        pytest.param("full", "linear", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_posterior_and_evidence_of_a_linear_chain(x64, covariance, kind, T):
+    fit, mean, cov = linear_fit(covariance, T)
+    y, s = 2.5, 0.3
+    dt = posterior.sample(fit, KINDS[kind](y, s), rng_key=KEY, num_particles=500, num_filters=20)
+    wanted_mean, wanted_cov, evidence = conditioned(mean, cov, np.array([y]), A, np.array([[s**2]]))
+    assert_close(np.exp(dt["filters"].dataset["log_evidence"].to_numpy()[:, 0] - evidence), 1.0, 19)
+    draws = dt["posterior"].dataset["x_0"].to_numpy()[:, :, 0]
+    assert_close(draws.mean(1), wanted_mean, 19, 2)
+    centred = draws - wanted_mean
+    assert_close(np.einsum("msi,msj->mij", centred, centred) / draws.shape[1], wanted_cov, 19, 3)
+    assert dt["evidence"].dataset["effective_draws"][0] > 500
+
+
+def test_each_draw_by_itself_is_one_of_the_posterior(x64):
+    """Whatever its place among the draws of a filter, as for those who take the first ten."""
+    fit, mean, cov = linear_fit("diagonal", 1)  # whose weights are uneven at the last resampling
+    likelihood = BlackBox(lambda x: -0.5 * ((A[0] @ x - 4.5) / 0.3) ** 2)
+    dt = posterior.sample(fit, likelihood, rng_key=KEY, num_particles=400, num_filters=400)
+    wanted = conditioned(mean, cov, np.array([4.5]), A, np.array([[0.09]]))[0]
+    draws = dt["posterior"].dataset["x_0"].to_numpy()[:, :, 0]  # 400 filters
+    for place in (0, 1, 100, 399):
+        assert_close(draws[:, place], wanted, 399, 8)
+
+
+@pytest.mark.slow
+def test_posterior_of_a_curved_chain_agrees_with_quadrature(x64):
+    """p(x_0) on a grid by quadrature, times a likelihood that is no Gaussian and bends both ways."""
+    fit = fitted("diagonal", [[-0.8], [0.8]], [[0.2]], 5, 0.5, 2.0)
+    log_g = lambda x: -((jnp.abs(x[0]) - 1.5) ** 2) / 0.18  # noqa: E731
+    grid = np.linspace(-3.0, 4.0, 701)[:, None]
+    log_p = fit.log_likelihood(grid, method="exact").values + np.asarray(jax.vmap(log_g)(jnp.asarray(grid)))
+    mass = np.exp(log_p) * (grid[1] - grid[0])
+    for likelihood in (log_g, BlackBox(log_g)):
+        dt = posterior.sample(fit, likelihood, rng_key=KEY, num_particles=500, num_filters=20)
+        assert_close(np.exp(dt["filters"].dataset["log_evidence"].to_numpy()[:, 0]), mass.sum(), 19)
+        draws = dt["posterior"].dataset["x_0"].to_numpy()[:, :, 0, 0]
+        for edge in (-1.0, 0.5, 1.7):  # of either mode, and the shares of both
+            assert_close((draws < edge).mean(1), mass[grid[:, 0] < edge].sum() / mass.sum(), 19, 3)
+
+
+@pytest.mark.slow
+def test_evidence_is_within_its_error_in_200_of_200_seeds(x64):
+    """One call of 200 data that are the same: no value is off by more than its error, and p̂(y) has no bias."""
+    fit, mean, cov = linear_fit("full")
+    likelihood = LinearGaussian(np.full((200, 1), 2.5), A, 0.1)
+    found = posterior.log_evidence(fit, likelihood, rng_key=KEY, num_particles=50, num_filters=16)
+    exact = conditioned(mean, cov, np.array([2.5]), A, np.array([[0.01]]))[2]
+    z = (found.values - exact) / found.values_mcse
+    assert np.all(np.abs(z) < stats.t(15).isf(FAILURE / 400))
+    assert_close(np.exp(found.values - exact)[:, None], 1.0, 199)
+    assert 0.8 < (z**2).mean() ** 0.5 < 1.5  # the errors are no larger than need be
+
+
+@pytest.mark.parametrize("kind", ["linear", "function"])
+@pytest.mark.slow
+def test_truths_have_even_ranks_among_the_draws(x64, kind):
+    """Simulation-based calibration: x_0 from the prior, y given x_0, then the rank of x_0 (Talts et al. 2018)."""
+    fit = three_modes()
+    truths = fit.sample(jax.random.key(1), 200)
+    y = truths @ A.T + 0.3 * np.random.default_rng(0).normal(size=(200, 1))
+    if kind == "linear":
+        arguments = {"likelihood": LinearGaussian(y, A, 0.3)}
+    else:
+        arguments = {"likelihood": lambda x, y: -0.5 * jnp.sum((A @ x - y) ** 2) / 0.09, "data": y}
+    dt = posterior.sample(fit, **arguments, rng_key=KEY, num_particles=500, num_filters=2)
+    draws = dt["posterior"].dataset["x_0"].to_numpy()  # chain, draw, datum, feature
+    pit = (draws < truths).mean((0, 1))
+    for i in range(2):
+        assert stats.kstest(pit[:, i], "uniform").pvalue > FAILURE / 4
+
+
+class Sensor(eqx.Module):
+    """A likelihood that cannot be hashed."""
+
+    gain: jax.Array
+
+    def __call__(self, x):
+        return -0.5 * ((self.gain @ x - 2.5) / 0.3) ** 2
+
+    def log_prob(self, x):
+        return self(x)
+
+
+def test_methods_are_compiled_once(x64):
+    fit = linear_fit("diagonal")[0]
+    sensor = Sensor(jnp.asarray(A[0]))
+    options = {"rng_key": KEY, "num_particles": 200, "num_filters": 2}
+    before = filters._cache_size()
+    for _ in range(2):
+        posterior.log_evidence(fit, BlackBox(sensor.log_prob), **options)
+    assert filters._cache_size() == before + 1

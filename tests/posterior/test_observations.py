@@ -1,0 +1,121 @@
+"""Each kind of observation: measurements, missing values, and any function of x_0."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.posteriors import FAILURE, KEY, A, assert_close, conditioned, fitted, linear_fit
+from scipy import stats
+
+from probdiff import posterior
+from probdiff.posterior import BlackBox, LinearGaussian, Missing
+
+
+class Sensor(eqx.Module):
+    """A likelihood that cannot be hashed."""
+
+    gain: jax.Array
+
+    def __call__(self, x):
+        return -0.5 * ((self.gain @ x - 2.5) / 0.3) ** 2
+
+    def log_prob(self, x):
+        return self(x)
+
+
+def by_callback(x):
+    shape = jax.ShapeDtypeStruct((), x.dtype)
+    outside = lambda x: np.asarray(-0.5 * ((A[0] @ np.asarray(x) - 2.5) / 0.3) ** 2, shape.dtype)  # noqa: E731
+    return jax.pure_callback(outside, shape, x, vmap_method="sequential")
+
+
+@pytest.mark.parametrize("covariance", [pytest.param("diagonal", marks=pytest.mark.slow), "full"])
+def test_missing_values_in_any_pattern(x64, covariance):
+    fit, mean, cov = linear_fit(covariance)
+    x = np.array([[3.0, np.nan], [np.nan, -1.8], [3.0, -1.8], [np.nan, np.nan]])
+    dt = posterior.sample(fit, Missing(x), rng_key=KEY, num_particles=500, num_filters=20)
+    draws = dt["posterior"].dataset["x_0"].to_numpy()
+    log_evidence = dt["filters"].dataset["log_evidence"].to_numpy()
+    for i, row in enumerate(x):
+        known = ~np.isnan(row)
+        np.testing.assert_array_equal(draws[:, :, i, known], np.broadcast_to(row[known], draws[:, :, i, known].shape))
+        pick = np.eye(2)[known]
+        wanted, _, evidence = conditioned(mean, cov, row[known], pick, 0) if known.any() else (mean, cov, 0.0)
+        if known.any():
+            assert_close(np.exp(log_evidence[:, i] - evidence), 1.0, 19)
+        if not known.all():
+            assert_close(draws[:, :, i, ~known].mean(1), wanted[~known], 19, 2)
+    # nothing is known of the last row: its weights are equal, and its draws the prior's
+    np.testing.assert_allclose(dt["filters"].dataset["ess"].to_numpy()[..., 3], 1.0, rtol=1e-9)
+    np.testing.assert_allclose(log_evidence[:, 3], 0.0, atol=1e-9)
+    np.testing.assert_array_equal(np.isnan(dt["observed_data"].dataset["x_0"]), np.isnan(x))
+
+
+def test_masked_entries_are_missing():
+    fit = linear_fit("full")[0]
+    hidden = np.array([[False, True], [True, False]])
+    x = np.array([[3.0, 7.0], [9.0, -2.0]])
+    options = {"rng_key": KEY, "num_particles": 100, "num_filters": 2}
+    masked, holes = np.ma.masked_array(x, hidden), np.where(hidden, np.nan, x)
+    of_both = [posterior.log_evidence(fit, Missing(one), **options).values for one in (masked, holes)]
+    np.testing.assert_array_equal(*of_both)
+    with pytest.raises(ValueError, match="x is masked in places"):
+        fit.log_likelihood(masked, rng_key=KEY)
+
+
+@pytest.mark.slow
+def test_more_measurements_than_features_say_what_their_sufficient_statistics_do(x64):
+    fit, mean, cov = linear_fit("full")
+    rng = np.random.default_rng(3)
+    many, root = rng.normal(size=(6, 2)), rng.normal(size=(6, 6))
+    R = root @ root.T / 6 + 0.1 * np.eye(6)
+    y = many @ np.array([2.0, -1.5]) + 0.3
+    dt = posterior.sample(fit, LinearGaussian(y, many, R), rng_key=KEY, num_particles=500, num_filters=20)
+    wanted, _, evidence = conditioned(mean, cov, y, many, R)
+    assert_close(np.exp(dt["filters"].dataset["log_evidence"].to_numpy()[:, 0] - evidence), 1.0, 19)
+    assert_close(dt["posterior"].dataset["x_0"].to_numpy()[:, :, 0].mean(1), wanted, 19, 2)
+    # a covariance that is singular but for rounding is one
+    twice = LinearGaussian(np.array([1.0, 1.2, 0.1]), many[:3], np.ones((3, 3)))
+    found = posterior.log_evidence(fit, twice, rng_key=KEY, num_particles=500, num_filters=20)
+    z = (found.values - conditioned(mean, cov, twice.y, twice.A, twice.noise)[2]) / found.values_mcse
+    assert np.all(np.abs(z) < stats.t(19).isf(FAILURE / 2))
+
+
+@pytest.mark.slow
+def test_images_are_observed_as_they_are(x64):
+    fit = fitted("diagonal", np.zeros(4), 0.5 + 0.5 * np.eye(4), 5, 3.0, 2.0, (2, 2))
+    x = np.full((1, 2, 2), np.nan)
+    x[0, 0] = 4.0
+    dt = posterior.sample(fit, Missing(x), rng_key=KEY, num_particles=200, num_filters=4)
+    np.testing.assert_array_equal(dt["posterior"].dataset["x_0"].to_numpy()[:, :, 0, :2], 4.0)
+    pixel = lambda x: -0.5 * ((x[0, 1] - 4) / 0.2) ** 2  # noqa: E731
+    dt = posterior.sample(fit, pixel, rng_key=KEY, num_particles=200, num_filters=4)
+    assert abs(dt["posterior"].dataset["x_0"].to_numpy()[..., 1].mean() - 4) < 0.2
+
+
+def test_an_observation_that_says_nothing_leaves_the_prior():
+    fit = linear_fit("full")[0]
+    dt = posterior.sample(
+        fit, LinearGaussian(np.zeros(1), A, 1e10), rng_key=KEY, num_particles=500, num_filters=4
+    )  # fmt: skip
+    assert float(dt["evidence"].dataset["pareto_k"][0]) == -np.inf
+    assert (dt["filters"].dataset["ess"] > 0.99).all()
+
+
+@pytest.mark.slow
+def test_any_function_is_a_likelihood():
+    """Modules, code outside JAX, integers, and NaN where the likelihood is zero, beside a plain function."""
+    fit = linear_fit("diagonal")[0]
+    cut = lambda at: lambda x: Sensor(A[0])(x) + jnp.where(x[0] < 5.5, 0, at)  # noqa: E731
+    options = {"rng_key": KEY, "num_particles": 200, "num_filters": 2}
+    plain, *others = (
+        posterior.log_evidence(fit, BlackBox(function), **options).values
+        for function in (lambda x: Sensor(A[0])(x), Sensor(jnp.asarray(A[0])), by_callback, cut(-jnp.inf), cut(jnp.nan))
+    )
+    *others, zero, nan = others
+    for other in others:
+        np.testing.assert_allclose(other, plain, rtol=1e-4)
+    assert nan == zero
+    of_integers = posterior.log_evidence(fit, lambda x: jnp.where(x[0] > -50, 0, -100), **options)
+    assert abs(of_integers.values) < 1e-5
