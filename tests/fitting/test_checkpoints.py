@@ -46,8 +46,10 @@ def test_a_run_with_validation_and_dropout_goes_on_with_the_same_bits(tmp_path):
     d = light_diffusion()
     with stopped_after(3):
         train(settings, d, validation=X[:20], checkpoint_dir=tmp_path)
+    compiled = training.run_steps._cache_size()
     resumed = train(settings, d, validation=X[:20], checkpoint_dir=tmp_path, resume=True)
     uninterrupted = train(settings, d, validation=X[:20])
+    assert training.run_steps._cache_size() == compiled
     assert same(resumed, uninterrupted)
     np.testing.assert_array_equal(resumed.validation, uninterrupted.validation)
 
