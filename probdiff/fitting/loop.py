@@ -161,9 +161,9 @@ def start_state(d: Diffusion, settings: Settings, rng_keys: Key) -> tuple[Any, P
     """The state of SVI before the first step, with a leading axis of C fits, and its params."""
     svi, x = make_svi(d, settings), jnp.zeros((settings.batch_size, *d.event_shape))
     state = jax.vmap(lambda key: svi.init(key, x))(rng_keys)
-    # an array of a checkpoint has a dtype of its own, so these have too: else a resumed fit compiles its steps anew
-    own_dtypes = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state.optim_state)
-    return state._replace(optim_state=own_dtypes), svi.get_params(state)
+    # without weak types, which arrays of a checkpoint do not have: else a resumed fit would compile its steps anew
+    strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state.optim_state)
+    return state._replace(optim_state=strong), svi.get_params(state)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers.diffusions import light_diffusion
+from helpers.diffusions import light_diffusion, mlp_diffusion
 from jax.sharding import Mesh
 from test_loop import KEY, X
 
@@ -17,10 +17,10 @@ from probdiff.fitting import loop as training
 TESTS = str(Path(__file__).parents[1])
 
 
-def fit(num_chains=1, mesh=None, x=X[:61], **options):
+def fit(num_chains=1, mesh=None, x=X[:61], d=None, **options):
     settings = training.Settings(num_steps=20, batch_size=16, num_chains=num_chains, check_every=10, times="even")
     options = {"rng_key": KEY, "validation": X[61:], "progress_bar": False, "mesh": mesh, **options}
-    return training.train(light_diffusion(), x, settings, **options)
+    return training.train(d or light_diffusion(), x, settings, **options)
 
 
 def save(name, *trees):
@@ -96,9 +96,11 @@ def test_eight_devices_fit_as_one_does(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_devices_of_a_mesh_that_is_given_fit_as_one_does(alone, tmp_path):
+def test_devices_of_a_mesh_that_is_given_fit_as_one_does(tmp_path):
+    """A diffusion whose β_t and whole covariance are learned."""
     meshes = "jax.make_mesh((4,), ('data',)), Mesh(np.array(jax.local_devices()[:2]), ('chain',))"
-    code = f"save(out_of_this, kept(map(fit, (1, 2), ({meshes}))))"
+    code = f"save(out_of_this, kept(fit(c, mesh, d=mlp_diffusion()) for c, mesh in zip((1, 2), ({meshes}))))"
+    alone = jax.tree.leaves(kept(fit(c, d=mlp_diffusion()) for c in (1, 2)))
     agree(run(str(tmp_path / "fit"), code, devices=8)[0], alone)
 
 

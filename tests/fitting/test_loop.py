@@ -90,8 +90,14 @@ def test_an_optimiser_of_ones_own_takes_the_place_of_adam(optimizer):
 
 def test_a_fit_by_an_optimiser_of_ones_own_learns():
     x = X.astype(float)
-    options = {"num_steps": 300, "batch_size": 16, "check_every": 300, "times": "even", "progress_bar": False}
-    options["rng_key"] = KEY
+    options = {
+        "rng_key": KEY,
+        "num_steps": 300,
+        "batch_size": 16,
+        "check_every": 300,
+        "times": "even",
+        "progress_bar": False,
+    }
     fit = probdiff.fit(light_diffusion(), x, optimizer=optax.adamw(2e-2), validation=0.0, dropout=False, **options)
     assert fit.losses[-50:].mean() < fit.losses[:50].mean() - 0.1
     for name in ("learning_rate", "gradient_clip"):

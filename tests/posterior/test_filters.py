@@ -1,11 +1,10 @@
 """Draws and evidence by particle filters against closed forms and quadrature."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.posteriors import FAILURE, KEY, A, assert_close, conditioned, fitted, linear_fit, three_modes
+from helpers.posteriors import FAILURE, KEY, A, Sensor, assert_close, conditioned, fitted, linear_fit, three_modes
 from scipy import stats
 
 from probdiff import posterior
@@ -100,18 +99,6 @@ def test_truths_have_even_ranks_among_the_draws(x64, kind):
     pit = (draws < truths).mean((0, 1))
     for i in range(2):
         assert stats.kstest(pit[:, i], "uniform").pvalue > FAILURE / 4
-
-
-class Sensor(eqx.Module):
-    """A likelihood that cannot be hashed."""
-
-    gain: jax.Array
-
-    def __call__(self, x):
-        return -0.5 * ((self.gain @ x - 2.5) / 0.3) ** 2
-
-    def log_prob(self, x):
-        return self(x)
 
 
 def test_methods_are_compiled_once(x64):
