@@ -139,7 +139,7 @@ def test_every_pair_has_the_exact_elbo_on_average(pair, covariance):
     assert abs(draws.mean() - expected) < 4 * draws.std() / np.sqrt(len(draws)) + 1e-9
 
 
-@pytest.mark.parametrize("num_timesteps", [1, 2])
+@pytest.mark.parametrize("num_timesteps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_at_time_agrees_with_trace_elbo_on_the_shortest_chains(num_timesteps):
     d = mlp_diffusion("full", schedules.LearnedBetas(num_timesteps, UNEVEN_BETA[:num_timesteps] + 0.3))
     params, x = random_params(d), jnp.asarray(np.random.default_rng(1).normal(size=(4, 2)))
@@ -177,7 +177,7 @@ def test_each_t_is_drawn_with_its_probability():
         handlers.seed(d.forward_at_time, 0)(jnp.zeros((2, 2)), time_probs=probs[:3])
 
 
-@pytest.mark.parametrize("pair", slow_unless(PAIRS, ["trace", "stacked mean field", "at time, weighted"]))
+@pytest.mark.parametrize("pair", slow_unless(PAIRS, ["trace", "at time, weighted"]))
 def test_gradient_in_beta_agrees_with_finite_differences(pair):
     d = mlp_diffusion("full", schedules.LearnedBetas(3, UNEVEN_BETA[1:4]))
     params, x = random_params(d), jnp.asarray(np.random.default_rng(2).normal(size=(6, 2)))

@@ -191,7 +191,7 @@ def test_nuts_finds_the_posterior_of_a_linear_chain(stacked):
         np.testing.assert_allclose(again, mcmc.get_samples()["x"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize("guide", [pytest.param(AutoNormal, marks=pytest.mark.slow), AutoMultivariateNormal])
 def test_auto_guides_fit_the_posterior_and_leave_the_prior_alone(guide):
     d = linear_diffusion("diagonal")
     params = random_params(d)

@@ -117,6 +117,7 @@ def test_check_prints_the_ledger_of_a_run_and_exits_with_one_where_a_row_fails(o
     assert "are model and guide swapped?" in out
 
 
+@pytest.mark.slow
 def test_known_density_gives_the_gap(probdiff):
     code, out, err = probdiff("fit", "8-gaussians", *LIGHT, "--covariance=fixed", "--num-chains=1", "--out", "ring")
     assert code == 0, err
@@ -168,6 +169,7 @@ def test_a_run_made_before_there_were_bits_is_still_read(own, probdiff):
     assert probdiff("sample", own, "--out", "draws.npy", "-n", 5)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_table_of_bits_is_fitted_and_drawn_from(tmp_path, probdiff):
     bits = pd.DataFrame(np.random.default_rng(0).integers(0, 2, size=(300, 3)), columns=["a", "b", "c"])
     bits["never"] = 0
@@ -217,7 +219,7 @@ def test_a_run_is_not_overwritten(own, probdiff):
     assert err == "probdiff: runs/own already holds a run: add --resume to go on with it, or --out for another folder\n"
 
 
-@pytest.mark.parametrize("command", ["fit", pytest.param("sample", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", [pytest.param("fit", marks=pytest.mark.slow), "sample"])
 def test_a_full_disk_is_one_line_and_loses_nothing(own, command):
     """A limit on the size of files stands for a full disk, in a process of its own."""
     files = {file: file.read_bytes() for file in own.parent.rglob("*") if file.is_file()}

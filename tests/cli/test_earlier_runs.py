@@ -31,6 +31,7 @@ def test_it_is_reported_on(probdiff, wine):
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+@pytest.mark.slow
 def test_it_is_drawn_from_and_fills_cells(probdiff, wine):
     assert probdiff("sample", wine, "-n", 20, "--out", "draws.csv")[0] == 0
     rows = pd.read_csv("draws.csv").head(2)

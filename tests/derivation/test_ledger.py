@@ -36,6 +36,7 @@ def compilations(d, **options):
     return count
 
 
+@pytest.mark.slow
 def test_a_ledger_compiles_little(x64):
     assert compilations(mlp_diffusion("full", schedules.LearnedBetas(3)), num_draws=100) <= 195
 

@@ -452,6 +452,7 @@ def test_the_sum_over_all_paths_and_its_gradient_are_those_of_the_closed_form():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_draws_of_the_gradient_have_the_mean_of_the_sum_over_all_paths():
     pair = Pair(RIGHT.model, RIGHT.guide, jnp.asarray(X), None)
     along, every = directions(pair, KEY, KEY), jnp.asarray(states(D), X.dtype)

@@ -189,6 +189,7 @@ def test_the_at_time_gradient_is_unbiased_for_every_param():
     assert np.abs(deviations(biased, gradient)[of_beta]).max() > 8
 
 
+@pytest.mark.slow
 def test_numpyros_graph_elbo_has_the_same_gradient():
     d, params = small(T=2)
     _, gradient = exact_elbo_and_gradient(d, params, X_0)
@@ -327,6 +328,7 @@ def test_the_best_products_of_bits_are_those_of_enumeration(base_rate, beta):
     np.testing.assert_array_less(np.abs(terms - best_terms_by_enumeration(base_rate, beta)), 4 * errors + 1e-6)
 
 
+@pytest.mark.slow
 def test_a_fit_comes_near_the_best_product_of_bits():
     schedule = schedules.Fixed(np.minimum(schedules.harmonic(4).beta, 1 - 1e-9))
     d = probdiff.BinomialDiffusion((6,), schedule, networks.ResidualMLP(32, 1), 0.3)

@@ -84,6 +84,7 @@ training.run_steps = spying
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_fit_as_one_does(alone, tmp_path):
     """61 rows, which eight do not divide; one chain, and two chains with four devices each.
 

@@ -67,7 +67,7 @@ def test_first_loss_is_that_of_svi(whole):
     assert change["network$params"].last.bias == pytest.approx(SETTINGS.learning_rate, rel=1e-2)
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.02), numpyro.optim.Adam(0.02)])
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.02), pytest.param(numpyro.optim.Adam(0.02), marks=pytest.mark.slow)])
 def test_an_optimiser_of_ones_own_takes_the_place_of_adam(optimizer):
     """The first step by hand: minus 0.02 times the gradient, or 0.02 in the direction of minus its sign."""
     d = mlp_diffusion("fixed")
@@ -124,7 +124,8 @@ def test_the_params_that_are_checked_are_an_average():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("objective", ["mean_field", pytest.param("trace", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["mean_field", "trace"])
 def test_other_objectives_fit_too(objective):
     settings = training.Settings(num_steps=300, batch_size=16, objective=objective, check_every=150)
     trained = train(settings, mlp_diffusion("fixed"))

@@ -56,6 +56,7 @@ def test_the_bounds_of_many_particles_rise_to_the_likelihood():
 
 
 @pytest.mark.parametrize(("method", "options"), [("elbo", {}), ("iwae", {"num_particles": 30})])
+@pytest.mark.slow
 def test_lower_bounds_lie_below_in_every_seed(fitted, repeated, method, options):
     x, truth = repeated
     bound = fitted.log_likelihood(x, rng_key=KEY, method=method, **options)

@@ -35,6 +35,7 @@ def test_twisted_filters_are_exact_on_linear_chains(covariance):
     assert np.all(estimate.values_mcse < 0.1 * bound.values_mcse)
 
 
+@pytest.mark.slow
 def test_filters_are_unbiased_within_their_error_in_every_seed(fitted, repeated):
     x, truth = repeated
     estimate = fitted.log_likelihood(x, rng_key=KEY, method="smc", num_particles=16, num_draws=8)
@@ -63,7 +64,8 @@ def test_filters_that_resample_at_every_step_are_unbiased(fitted, monkeypatch):
     assert np.all(np.abs(z) < Z)
 
 
-@pytest.mark.parametrize("method", [pytest.param("smc", marks=pytest.mark.slow), "ode"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["smc", "ode"])
 def test_images_are_vectors_of_their_pixels(method):
     options = {"num_particles": 4, "num_draws": 2} if method == "smc" else {"num_draws": 2}
     values = []

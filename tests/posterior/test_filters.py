@@ -43,6 +43,7 @@ def test_posterior_and_evidence_of_a_linear_chain(x64, covariance, kind, T):
     assert dt["evidence"].dataset["effective_draws"][0] > 500
 
 
+@pytest.mark.slow
 def test_each_draw_by_itself_is_one_of_the_posterior(x64):
     """Whatever its place among the draws of a filter, as for those who take the first ten."""
     fit, mean, cov = linear_fit("diagonal", 1)  # whose weights are uneven at the last resampling
@@ -101,6 +102,7 @@ def test_truths_have_even_ranks_among_the_draws(x64, kind):
         assert stats.kstest(pit[:, i], "uniform").pvalue > FAILURE / 4
 
 
+@pytest.mark.slow
 def test_methods_are_compiled_once(x64):
     fit = linear_fit("diagonal")[0]
     sensor = Sensor(jnp.asarray(A[0]))
