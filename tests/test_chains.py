@@ -127,7 +127,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", slow_unless(PAIRS, ["trace", "stacked mean field", "at time, weighted"]))
 @pytest.mark.parametrize("covariance", [pytest.param("diagonal", marks=pytest.mark.slow), "full"])
 def test_every_pair_has_the_exact_elbo_on_average(pair, covariance):
     d, x = linear_diffusion(covariance), np.random.default_rng(1).normal(size=(3, 2))

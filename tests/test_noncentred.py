@@ -6,6 +6,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from helpers.diffusions import fit_of, linear_diffusion, mlp_diffusion, path_gaussian, random_params
+from helpers.pairs import slow_unless
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
@@ -53,7 +54,7 @@ def test_density_is_the_reverse_chains(x64, covariance):
     np.testing.assert_allclose(of_noise, standard, rtol=1e-12)
 
 
-@pytest.mark.parametrize("covariance", COVARIANCES)
+@pytest.mark.parametrize("covariance", slow_unless(COVARIANCES, ["full"]))
 @pytest.mark.parametrize("stacked", [False, True])
 def test_draws_have_the_moments_of_p(x64, covariance, stacked):
     d = linear_diffusion(covariance)

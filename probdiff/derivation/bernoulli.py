@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from probdiff.derivation.pair import kernel_base
 from probdiff.reference.quadrature import MOST_BITS, states
 
-_MOST_LOG_ODDS = 1000.0  # in place of those of a rate that is zero or one
+_MOST_LOG_ODDS = 1000.0  # in place of those of a probability that is zero or one
 
 type Parts = tuple[Float[Array, "N M"], Float[Array, "N M D"]]
 

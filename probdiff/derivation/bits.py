@@ -111,14 +111,14 @@ class PairOfBits:
 
     def log_q_from_alpha_bar(self, e: Evidence) -> tuple[float, str]:
         """q(x_T given x_0) ∏ q(x_{t−1} given x_t, x_0), each bit's posterior from ᾱ by Bayes' rule."""
-        T, rate = e.pair.num_timesteps, self._probability(e)
+        T, pi = e.pair.num_timesteps, self._probability(e)
         alpha_bar = np.concatenate([[1.0], np.cumprod(1 - e.beta)])
         path = [e.flat(e.draws[0][t][0]) for t in range(T + 1)]
-        log_q = stats.bernoulli.logpmf(path[T], _marginal(path[0], alpha_bar[T], rate)).sum()
+        log_q = stats.bernoulli.logpmf(path[T], _marginal(path[0], alpha_bar[T], pi)).sum()
         for t in range(T, 1, -1):
             on, off = (
-                stats.bernoulli.pmf(path[t], _marginal(before, 1 - e.beta[t - 1], rate))
-                * stats.bernoulli.pmf(before, _marginal(path[0], alpha_bar[t - 1], rate))
+                stats.bernoulli.pmf(path[t], _marginal(before, 1 - e.beta[t - 1], pi))
+                * stats.bernoulli.pmf(before, _marginal(path[0], alpha_bar[t - 1], pi))
                 for before in (np.ones_like(path[0]), np.zeros_like(path[0]))
             )
             log_q += np.log(np.where(path[t - 1] == 1, on, off) / (on + off)).sum()
@@ -164,7 +164,9 @@ class PairOfBits:
         """β_t and π read off q, and the density of the sites where they are q(x_t given x_{t−1}) themselves."""
         (beta, route), (of_q, pi_t), pi, eps = e.beta_and_route, _read(_two_state_q(e)), _pi(e), e.eps
         if not np.all((pi > 0) & (pi < 1)):
-            raise Wrong(f"π, the rate at which bits are drawn anew, is {pi}; it must lie between 0 and 1")
+            raise Wrong(
+                f"π, the probability of a one among bits that are drawn anew, is {pi}; it must lie between 0 and 1"
+            )
         each = beta[:, None, None]
         found = [
             machine("β_t = P(1 given 0) + P(0 given 1)", "from q", of_q, route, each, 200 * eps),
@@ -188,14 +190,14 @@ class PairOfBits:
         path = {t: e.flat(x).reshape(-1, D) for t, x in e.draws[0].items()}
         drawn, expected, number, variance, residuals = [], [], [], [], []
         for t in range(1, T + 1):
-            rate = _marginal(path[t - 1], 1 - beta[t - 1], pi)
-            residuals.append((path[t] - rate, np.sum(rate * (1 - rate), 1)))
+            mean = _marginal(path[t - 1], 1 - beta[t - 1], pi)
+            residuals.append((path[t] - mean, np.sum(mean * (1 - mean), 1)))
             for value in (0, 1):
                 of = path[t - 1] == value
                 number.append(of.sum())
                 drawn.append(path[t][of].sum() / max(number[-1], 1))
-                expected.append(rate[of].sum() / max(number[-1], 1))
-                variance.append(np.sum((rate * (1 - rate))[of]) / max(number[-1], 1))
+                expected.append(mean[of].sum() / max(number[-1], 1))
+                variance.append(np.sum((mean * (1 - mean))[of]) / max(number[-1], 1))
         name, what = "P(x_t = 1 given x_{t−1} = 0 and 1)", "x_{t−1}·(1−β_t) + π·β_t"
         return [e.count(name, what, drawn, expected, number, variance), *self._together(e, residuals)]
 
@@ -236,18 +238,18 @@ class PairOfBits:
 
     def terminal_draws(self, e: Evidence) -> list[Comparison]:
         """log p(x_T) at the draws of q, and draws of x_T."""
-        T, D, rate = e.pair.num_timesteps, e.pair.size, self._probability(e)
+        T, D, pi = e.pair.num_timesteps, e.pair.size, self._probability(e)
         log_p, x_T = np.float64(e.draws[2][T]), e.flat(e.draws[0][T])
-        scale = 200 * e.eps * np.sum(1 / rate + 1 / (1 - rate))
+        scale = 200 * e.eps * np.sum(1 / pi + 1 / (1 - pi))
         route = f"Bernoulli(π), SciPy, π {'of q' if e.holds['N3'] else 'its own'}"
         drawn = e.flat(e.generated[T]).reshape(-1, D)
         return [
             machine("log p(x_T)", "the site", log_p, route, e.terminal.log_prob(x_T), scale),
-            e.count("mean of x_T", "π", drawn.mean(0), rate, len(drawn), rate * (1 - rate)),
+            e.count("mean of x_T", "π", drawn.mean(0), pi, len(drawn), pi * (1 - pi)),
         ]
 
     def _reverse_draws(self, e: Evidence) -> list[Comparison]:
-        """Draws of each reverse kernel against the rates and the covariance that it states."""
+        """Draws of each reverse kernel against the means and the covariance that it states."""
         drawn, expected, variance, residuals, number = [], [], [], [], 1
         signs = _signs(e)
         for t in range(e.pair.num_timesteps):
@@ -275,7 +277,7 @@ class PairOfBits:
         expected, number = [np.mean(v) for _, v in residuals], [len(v) for _, v in residuals]
         spread = np.array([D**2 * np.mean(v) for _, v in residuals])  # of squares, which are D² at most
         name, route = "variance of the draws along a random diagonal", "as the kernels state"
-        return [bernstein(name, "draws", squares, route, expected, number, spread, e.rate, D**2)]
+        return [bernstein(name, "draws", squares, route, expected, number, spread, e.failure_rate, D**2)]
 
     def reversal(self, e: Evidence) -> Reversal:
         """A reversed kernel of bits against its nearest product of Bernoullis, at β, 2β and 4β.
@@ -339,9 +341,9 @@ def _pi(e: Evidence) -> Float[np.ndarray, " D"]:
     return np.sum(beta * pi, (0, 1)) / np.maximum(np.sum(beta, (0, 1)), 1e-300)
 
 
-def _marginal(x: np.ndarray, kept: float, rate: Float[np.ndarray, " D"]) -> np.ndarray:
-    """The rate of bits that keep the value x with probability `kept` and are drawn anew else."""
-    return x * kept + rate * (1 - kept)
+def _marginal(x: np.ndarray, kept: float, pi: Float[np.ndarray, " D"]) -> np.ndarray:
+    """The mean of bits that keep the value x with probability `kept` and are drawn anew else."""
+    return x * kept + pi * (1 - kept)
 
 
 def _flipped(path: Path, which: Path) -> Path:

@@ -127,7 +127,9 @@ def n17(e: Evidence) -> Finding:
         k, distance, allowance, route = e.elbo_and_gap
         reference, reference_error = k.mean(), 0.0
         found += [
-            monte_carlo("K", route, k.mean(), "draws, by hand", by_hand, error, e.rate, allowance + e.rounding(k)),
+            monte_carlo(
+                "K", route, k.mean(), "draws, by hand", by_hand, error, e.failure_rate, allowance + e.rounding(k)
+            ),
             compare(
                 "L − K of each datum",
                 route,
@@ -146,7 +148,9 @@ def n17(e: Evidence) -> Finding:
         gap = best.log_p[use].mean() - w[:, use].mean()
         deviation = np.sqrt(best.variance(weights) + (w @ weights).var() / len(w))
         found += [
-            monte_carlo("L − K", best.route, gap, "zero", 0.0, deviation, e.rate, best.bias @ weights, at_least=True)
+            monte_carlo(
+                "L − K", best.route, gap, "zero", 0.0, deviation, e.failure_rate, best.bias @ weights, at_least=True
+            )
         ]
         detail += f"; L − K is {gap:.3g} ± {deviation:.1g}"
     forms = dict(e.forms)
@@ -170,7 +174,7 @@ def _same_elbo(e: Evidence, name: str, form: tuple, reference: float, error: flo
         raise Wrong(f"the form {name} cannot be run: {type(wrong).__name__}: {wrong}") from wrong
     draws = np.asarray(draws, np.float64) / len(e.x_0)
     deviation = np.sqrt(draws.var() / len(draws) + error**2)
-    return monte_carlo("K", "N17", reference, name, draws.mean(), deviation, e.rate, e.rounding(draws))
+    return monte_carlo("K", "N17", reference, name, draws.mean(), deviation, e.failure_rate, e.rounding(draws))
 
 
 def _is_short(e: Evidence, program: Program) -> bool:

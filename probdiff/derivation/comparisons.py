@@ -77,7 +77,7 @@ def gradient(e: Evidence, names: list[str], why_not: str) -> Finding:
                 "sum over all paths, differentiated",
                 [mean.exact for mean in means],
                 [mean.error for mean in means],
-                e.rate,
+                e.failure_rate,
                 1e-9 * max(abs(mean.exact) for mean in means),
             )
         ]
@@ -109,5 +109,5 @@ def mean_ratio(e: Evidence, name: str, estimate: Estimate, other: Estimate) -> C
     deviation = np.sqrt(estimate.variance(weights * ratio) + other.variance(weights * ratio))
     allowance = 2 * other.bias @ weights + other.error
     return monte_carlo(
-        name, f"{estimate.route} over {other.route}", ratio @ weights, "one", 1.0, deviation, e.rate, allowance
+        name, f"{estimate.route} over {other.route}", ratio @ weights, "one", 1.0, deviation, e.failure_rate, allowance
     )

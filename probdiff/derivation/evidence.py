@@ -126,7 +126,7 @@ class Evidence:
     ) -> None:
         self.pair, self.num_draws = pair, num_draws
         self._reader, self.drawn = reader, drawn
-        self.rate = failure_rate / (50 + len(forms))  # of each Monte Carlo comparison; a ledger has fewer
+        self.failure_rate = failure_rate / (50 + len(forms))  # of each Monte Carlo comparison; a ledger has fewer
         self.given_beta, self.claims, self.forms = beta, claims, forms
         self.eps = float(jnp.finfo(jnp.result_type(float)).eps)
         self._rng_key, self._keys_used = rng_key, 0
@@ -292,7 +292,7 @@ class Evidence:
 
     def count(self, name: str, what: str, mean: Any, expected: Any, number: Any, variance: Any) -> Comparison:
         """Means of draws of ones and zeros against their expectations; see `ledger.bernstein`."""
-        return bernstein(name, "draws", mean, what, expected, number, variance, self.rate)
+        return bernstein(name, "draws", mean, what, expected, number, variance, self.failure_rate)
 
     def rounding(self, values: np.ndarray) -> float:
         """The kernels come in the precision that JAX runs in."""
@@ -351,14 +351,14 @@ class Evidence:
             right.route,
             right.log_p[use].mean(),
             deviation,
-            self.rate,
+            self.failure_rate,
             allowance,
         )
         return comparison, int(use.sum())
 
     def chi_square(self, name: str, mean_square: np.ndarray, count: int) -> Comparison:
         """Means of squares of `count` standard normal residuals each, against one."""
-        tolerance = stats.chi2.isf(self.rate / (2 * np.size(mean_square)), count) / count - 1
+        tolerance = stats.chi2.isf(self.failure_rate / (2 * np.size(mean_square)), count) / count - 1
         source = "Monte Carlo, quantile of χ²"
         return compare(name, "mean square of residuals", mean_square, "one", 1.0, tolerance, source)
 

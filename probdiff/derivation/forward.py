@@ -40,7 +40,7 @@ def n1(e: Evidence) -> Finding:
             "draws",
             log_ratio.mean(),
             log_ratio.mean(1).std() / np.sqrt(len(log_ratio)),
-            e.rate,
+            e.failure_rate,
             e.rounding(kl),
         )
     ]
@@ -59,7 +59,7 @@ def n1(e: Evidence) -> Finding:
             "marginal",
             marginal,
             error,
-            e.rate,
+            e.failure_rate,
             e.rounding(kl),
             at_least=True,
         )

@@ -164,7 +164,9 @@ class GaussianPair:
         errors = [np.sqrt(beta[t - 1] / spread[t - 1]) for t in times]
         residuals = [(path[t] - shrink[t - 1] * path[t - 1]) / np.sqrt(beta[t - 1]) for t in times]
         found = [
-            monte_carlo("slope of x_t in x_{t−1}", "draws", slopes + shrink, "√(1−β_t)", shrink, errors, e.rate),
+            monte_carlo(
+                "slope of x_t in x_{t−1}", "draws", slopes + shrink, "√(1−β_t)", shrink, errors, e.failure_rate
+            ),
             e.chi_square("variance of the draws, over β_t", np.array([np.mean(z**2) for z in residuals]), count),
         ]
         if D > 1:
@@ -210,7 +212,7 @@ class GaussianPair:
         return [
             machine("log p(x_T)", "the site", log_p, "N(0, I), SciPy", e.terminal.log_prob(x_T), scale),
             e.chi_square("variance of x_T", np.mean(drawn**2, 0), n),
-            monte_carlo("mean of x_T", "draws", drawn.mean(0), "zero", 0.0, 1 / np.sqrt(n), e.rate),
+            monte_carlo("mean of x_T", "draws", drawn.mean(0), "zero", 0.0, 1 / np.sqrt(n), e.failure_rate),
         ]
 
     def _reverse_draws(self, e: Evidence) -> list[Comparison]:
@@ -229,7 +231,7 @@ class GaussianPair:
         return [
             e.chi_square("variance of the draws, over f_Σ", np.array(squares), n * D),
             e.chi_square("variance of the draws along a random diagonal, over f_Σ", np.array(along), n),
-            monte_carlo("mean of the draws, less f_μ", "draws", means, "zero", 0.0, 1 / np.sqrt(n), e.rate),
+            monte_carlo("mean of the draws, less f_μ", "draws", means, "zero", 0.0, 1 / np.sqrt(n), e.failure_rate),
         ]
 
     def reversal(self, e: Evidence) -> Reversal:

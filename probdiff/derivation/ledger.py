@@ -106,15 +106,15 @@ def monte_carlo(
     right_route: str,
     right: ArrayLike,
     standard_error: ArrayLike,
-    rate: float,
+    failure_rate: float,
     allowance: ArrayLike = 0.0,
     at_least: bool = False,
 ) -> Comparison:
-    """A comparison that fails by chance at `rate`, which the entries of the arrays share.
+    """A comparison that fails by chance at `failure_rate`, which the entries of the arrays share.
 
     `allowance` is added to the tolerance for a bias that is known, or for rounding.
     """
-    z = stats.norm.isf(rate / (2 * np.size(np.broadcast_arrays(left, right)[0])))
+    z = stats.norm.isf(failure_rate / (2 * np.size(np.broadcast_arrays(left, right)[0])))
     tolerance = z * np.asarray(standard_error) + allowance
     source = f"Monte Carlo, {z:.1f} standard errors"
     return compare(name, left_route, left, right_route, right, tolerance, source, at_least)
@@ -128,10 +128,10 @@ def bernstein(
     right: ArrayLike,
     count: ArrayLike,
     variance: ArrayLike,
-    rate: float,
+    failure_rate: float,
     bound: float = 1.0,
 ) -> Comparison:
-    """Means of `count` independent numbers against their expectations, which fails by chance at most at `rate`.
+    """Means of `count` independent numbers against their expectations, which fails by chance at most at `failure_rate`.
 
     `variance`: the mean variance of the numbers, or more; none is further than `bound` from its expectation. By
     Bernstein's inequality P(|mean − expectation| ≥ u) ≤ 2·exp(−count·u²/(2·(variance + bound·u/3))), rare events or
@@ -139,7 +139,7 @@ def bernstein(
     """
     shares = 2 * np.size(np.broadcast_arrays(left, right)[0])
     count = np.asarray(count, np.float64)
-    per_number = np.log(shares / rate) / np.maximum(count, 1)
+    per_number = np.log(shares / failure_rate) / np.maximum(count, 1)
     third = bound * per_number / 3
     tolerance = third + np.sqrt(third**2 + 2 * np.asarray(variance) * per_number)
     source = "Monte Carlo, Bernstein's inequality"

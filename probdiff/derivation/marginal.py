@@ -57,7 +57,11 @@ def n11(e: Evidence) -> Finding:
     detail = f"L is {log_p.mean():.4g} ± {error:.2g} nats over {n} samples of q(x_0), and nothing else of it was used"
     deviation = error / np.sqrt(resamples)  # wider than that of a normal, 1/√(2B)
     name, rounding = "standard error of L over samples of q(x_0)", 1e-12 * np.abs(log_p).max()
-    return [monte_carlo(name, "formula", error, "bootstrap", bootstrap, deviation, e.rate, rounding)], detail, None
+    return (
+        [monte_carlo(name, "formula", error, "bootstrap", bootstrap, deviation, e.failure_rate, rounding)],
+        detail,
+        None,
+    )
 
 
 @row(

@@ -68,10 +68,10 @@ def n7(e: Evidence) -> Finding:
         z = np.linalg.solve(np.linalg.cholesky(covs[-1]), (x_0 - means[-1][0]).T)
         found += [
             e.chi_square("covariance of x_0, standardised by p(x_0) in closed form", np.mean(z**2, 1), n),
-            monte_carlo("mean of x_0, standardised", "draws", z.mean(1), "zero", 0.0, 1 / np.sqrt(n), e.rate),
+            monte_carlo("mean of x_0, standardised", "draws", z.mean(1), "zero", 0.0, 1 / np.sqrt(n), e.failure_rate),
         ]
     elif e.grid is not None:
-        critical = stats.kstwo.isf(e.rate, n) + 1e-3  # the nodes are not infinitely close
+        critical = stats.kstwo.isf(e.failure_rate, n) + 1e-3  # the nodes are not infinitely close
         found += [
             compare(
                 "p(x_0)",

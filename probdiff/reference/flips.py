@@ -21,12 +21,12 @@ from probdiff.reference.quadrature import state_number, states
 type States = Float[np.ndarray, "... M"]  # probabilities, M = 2^D, in the order of `states`
 
 
-def step_matrix(beta: float, rate: Float[np.ndarray, " D"]) -> Float[np.ndarray, "M M"]:
+def step_matrix(beta: float, pi: Float[np.ndarray, " D"]) -> Float[np.ndarray, "M M"]:
     """q(x_t given x_{t−1}), N3, over all states of D bits: from the rows to the columns."""
-    bits = states(len(rate)).astype(int)
-    given_0, given_1 = np.stack([1 - rate * beta, rate * beta]), np.stack([(1 - rate) * beta, 1 - (1 - rate) * beta])
+    bits = states(len(pi)).astype(int)
+    given_0, given_1 = np.stack([1 - pi * beta, pi * beta]), np.stack([(1 - pi) * beta, 1 - (1 - pi) * beta])
     of_bit = np.stack([given_0, given_1])  # (from, to, D)
-    return np.prod(of_bit[bits[:, None], bits[None], np.arange(len(rate))], axis=-1)
+    return np.prod(of_bit[bits[:, None], bits[None], np.arange(len(pi))], axis=-1)
 
 
 def reversed_kernel(q: States, step: Float[np.ndarray, "M M"]) -> Float[np.ndarray, "M M"]:
@@ -70,13 +70,13 @@ def rate(
 
 
 def chain_total_correlation(
-    x_0: Float[np.ndarray, "N D"], beta: Float[np.ndarray, " T"], rate: Float[np.ndarray, " D"]
+    x_0: Float[np.ndarray, "N D"], beta: Float[np.ndarray, " T"], pi: Float[np.ndarray, " D"]
 ) -> Float[np.ndarray, " T"]:
     """E KL(q(x_{t−1} given x_t) ‖ its nearest product) for t = 1…T, where q(x_0) is that of the data x_0, nats."""
     q = np.bincount(state_number(x_0), minlength=2 ** x_0.shape[1]) / len(x_0)
     values = []
     for b in beta:
-        step = step_matrix(b, rate)
+        step = step_matrix(b, pi)
         q_t = q @ step
         values.append(q_t @ total_correlation(reversed_kernel(q, step)))
         q = q_t

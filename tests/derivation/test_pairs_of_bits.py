@@ -501,10 +501,13 @@ def test_independent_data_stay_products():
 
 def test_counts_of_rare_events_fail_no_more_often_than_stated():
     rng, p, n = np.random.default_rng(0), np.array([0.5, 0.01, 1e-4]), 2000
-    fails = [not bernstein("", "", rng.binomial(n, p) / n, "", p, n, p * (1 - p), rate=0.05).holds for _ in range(2000)]
+    fails = [
+        not bernstein("", "", rng.binomial(n, p) / n, "", p, n, p * (1 - p), failure_rate=0.05).holds
+        for _ in range(2000)
+    ]
     assert np.mean(fails) < 0.05
-    assert not bernstein("", "", [0.0, 0.1], "", [0.0, 0.2], [0, n], 0.16, rate=0.01).holds
-    assert bernstein("", "", 1.0, "", 0.5, 0, 0.25, rate=0.01).holds  # no draws say nothing
+    assert not bernstein("", "", [0.0, 0.1], "", [0.0, 0.2], [0, n], 0.16, failure_rate=0.01).holds
+    assert bernstein("", "", 1.0, "", 0.5, 0, 0.25, failure_rate=0.01).holds  # no draws say nothing
 
 
 def test_weights_that_take_few_values_have_a_k():

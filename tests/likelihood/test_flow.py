@@ -34,7 +34,7 @@ class ExactDenoiser(eqx.Module):
         )
 
 
-@pytest.mark.parametrize("num_features", [2, 20])
+@pytest.mark.parametrize("num_features", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_flow_of_the_exact_denoiser_has_the_exact_density(num_features):
     rng = np.random.default_rng(0)
     weights, means = np.array([0.2, 0.3, 0.5]), rng.normal(size=(3, num_features))

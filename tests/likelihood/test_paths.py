@@ -42,6 +42,7 @@ def test_importance_weights_average_to_the_likelihood(x64):
     assert np.all(np.abs(z) < Z)
 
 
+@pytest.mark.slow
 def test_the_bounds_of_many_particles_rise_to_the_likelihood():
     d, params, p = linear("full", 3, schedules.cosine(10))
     x = p.rvs(500, random_state=1)

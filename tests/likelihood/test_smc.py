@@ -24,7 +24,8 @@ def repeated(fitted):
     return np.tile(x, (SEEDS, 1)), truth.values
 
 
-@pytest.mark.parametrize("covariance", [pytest.param("diagonal", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
 def test_twisted_filters_are_exact_on_linear_chains(covariance):
     d, params, p = linear(covariance, 3, schedules.cosine(40))
     x = p.rvs(4, random_state=1)

@@ -23,7 +23,7 @@ KINDS = {
     [
         pytest.param("fixed", "linear", 5, marks=pytest.mark.slow),
         pytest.param("diagonal", "linear", 5, marks=pytest.mark.slow),
-        ("full", "linear", 5),
+        pytest.param("full", "linear", 5, marks=pytest.mark.slow),
         ("diagonal", "function", 5),
         pytest.param("full", "function", 5, marks=pytest.mark.slow),
         pytest.param("diagonal", "black box", 5, marks=pytest.mark.slow),

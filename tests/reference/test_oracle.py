@@ -72,7 +72,7 @@ def test_one_gaussian_in_closed_form():
     assert oracle.best_elbo(mixture, UNEVEN) == pytest.approx(linear.elbo(q, p, x_0).mean(), abs=1e-10)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", slow_unless(MIXTURES, ["three"]))
 def test_the_best_network_reaches_it_and_others_do_not(name):
     """K of the chain itself by Monte Carlo: within 4.5 standard errors, which fails 1 time in 10⁵ for a fresh seed.
 
@@ -105,7 +105,7 @@ def test_the_best_network_reaches_it_and_others_do_not(name):
         assert lower.mean() > 4.5 * lower.std(ddof=1) / np.sqrt(len(lower))
 
 
-@pytest.mark.parametrize("name", slow_unless(MIXTURES, list(MIXTURES)[1:2]))
+@pytest.mark.parametrize("name", slow_unless(MIXTURES, ["three"]))
 @pytest.mark.parametrize("T", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_optimum_is_one(name, T):
     """No random change of β_t and no further start does better, and the quadrature is right there to 1e-6."""
