@@ -4,7 +4,7 @@ Each method of `GaussianDiffusion` and `BinomialDiffusion` below is a NumPyro pr
 `handlers.trace` or any other tool of NumPyro.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -71,9 +71,9 @@ class Diffusion:
         """The distributions of the chains."""
         raise NotImplementedError
 
-    def checked(self, x: ArrayLike, name: str, minimum: int = 1) -> np.ndarray:
+    def checked(self, x: ArrayLike, name: str, minimum: int = 1, features: Sequence[str] | None = None) -> np.ndarray:
         """x as data of this diffusion, (N, *event_shape) in the support of the family; raises as `check_support`."""
-        return check_support(x, self.event_shape, self.family.support, name, minimum)
+        return check_support(x, self.event_shape, self.family.support, name, minimum, features)
 
     @property
     def num_timesteps(self) -> int:

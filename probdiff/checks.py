@@ -33,6 +33,58 @@ def check_count(value: int, name: str, least: int) -> None:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
 
 
+def feature_names(x: Any, name: str) -> tuple[str, ...] | None:
+    """The names of a data frame's columns, None of what is no frame. Raises `ValueError` where they name no column."""
+    if not _is_frame(x):
+        return None
+    levels = getattr(x.columns, "nlevels", 1)
+    if levels > 1:
+        raise ValueError(
+            f"{name} has names of {levels} levels over its columns; one is wanted, such as "
+            f'{name}.set_axis(["_".join(map(str, levels)) for levels in {name}.columns], axis=1)'
+        )
+    names = tuple(str(column) for column in x.columns)
+    if twice := sorted({column for column in names if names.count(column) > 1}):
+        raise ValueError(f"{name} has several columns called {twice[0]!r}")
+    return names
+
+
+def frame_values(x: Any, name: str, features: Sequence[str] | None = None) -> Any:
+    """The numbers of a data frame as an array, its columns in the order of `features`; what is no frame, as it is.
+
+    Raises `ValueError` for columns that are not those of `features`, and `TypeError` for one that holds no numbers.
+    """
+    names = feature_names(x, name)
+    if names is None:
+        return x
+    from pandas.api.types import is_numeric_dtype
+
+    wanted = names if features is None else tuple(features)
+    for kind, wrong in (("no column", set(wanted) - set(names)), ("a column", set(names) - set(wanted))):
+        if wrong:
+            why = "which this fit was made with" if kind == "no column" else "which this fit was not made with"
+            raise ValueError(f"{name} has {kind} {min(wrong)!r}, {why}; its features are {some(wanted)}")
+    frame = x if hasattr(x, "iloc") else x.to_pandas()
+    columns = [frame.iloc[:, names.index(column)] for column in wanted]
+    for column, label in zip(columns, wanted, strict=True):
+        if not is_numeric_dtype(column):
+            raise TypeError(f"column {label!r} of {name} has dtype {column.dtype}; it must hold numbers")
+    arrays = [
+        column.to_numpy(np.float64, na_value=np.nan) if column.hasnans else column.to_numpy(_numpy_dtype(column.dtype))
+        for column in columns
+    ]
+    return np.column_stack(arrays) if arrays else np.zeros((len(frame), 0))
+
+
+def _is_frame(x: Any) -> bool:
+    return hasattr(x, "columns") and (hasattr(x, "iloc") or hasattr(x, "to_pandas"))
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype:
+    """Of a column's dtype, one of NumPy's, pandas' nullable ones or Arrow's."""
+    return np.dtype(getattr(dtype, "numpy_dtype", dtype))
+
+
 def check_data(
     x: ArrayLike, event_shape: tuple[int, ...], name: str, minimum: int = 1, features: Sequence[str] | None = None
 ) -> np.ndarray:
@@ -47,7 +99,7 @@ def check_data(
         raise ValueError(
             f"{name} has shape {array.shape}; this diffusion wants (N, {', '.join(map(str, event_shape))})"
         )
-    if not np.issubdtype(array.dtype, np.floating):
+    if not jnp.issubdtype(array.dtype, jnp.floating):  # bfloat16 too
         raise TypeError(
             f"{name} has dtype {array.dtype}; a density wants floating-point data: dequantise integers "
             "(datasets.dequantise, --dequantise), or convert what is not counted with astype(float)"
@@ -73,18 +125,26 @@ def described(support: constraints.Constraint) -> str:
 
 
 def check_support(
-    x: ArrayLike, event_shape: tuple[int, ...], support: constraints.Constraint, name: str, minimum: int = 1
+    x: ArrayLike,
+    event_shape: tuple[int, ...],
+    support: constraints.Constraint,
+    name: str,
+    minimum: int = 1,
+    features: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """x as an array (N, *event_shape) of numbers in `support`, at least `minimum` rows; raises as `check_data`.
+    """x as an array (N, *event_shape) of numbers in `support`, at least `minimum` rows.
 
+    A data frame's columns are put in the order of `features`, by name. Raises as `check_data` and `frame_values`.
     As float64 where the support is continuous, else as integers, whatever dtype they came in.
     """
+    features = feature_names(x, name) if features is None else features
+    x = frame_values(x, name, features)
     if not support.is_discrete:
-        return check_data(x, event_shape, name, minimum)
+        return check_data(x, event_shape, name, minimum, features)
     array = np.asanyarray(x)
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} has dtype {array.dtype}; {described(support)}")
-    array = check_data(array.astype(np.float64), event_shape, name, minimum)
+    array = check_data(array.astype(np.float64), event_shape, name, minimum, features)
     outside = ~(np.asarray(support(array), bool) & (array == np.floor(array)))
     if outside.any():
         rows = np.nonzero(outside.reshape(len(array), -1))[0]

@@ -36,7 +36,9 @@ class Fit:
     """A fitted diffusion. Where it holds several independent fits, every result has them as a leading axis of size C.
 
     What goes in and comes out is in the data's own units: x = loc + scale·x_0, with the log-determinant −Σ log scale
-    in every log density. `stacked_params` has the leading axis even for one fit.
+    in every log density. `stacked_params` has the leading axis even for one fit. `features` are the names of the
+    columns of the data frame that was fitted: those of a frame that is given later are taken by name, whatever their
+    order, and those of an array by position.
     """
 
     diffusion: Diffusion
@@ -45,6 +47,7 @@ class Fit:
     stacked_validation: Float[np.ndarray, "C checks"]
     loc: np.ndarray
     scale: np.ndarray
+    features: tuple[str, ...] | None = None
 
     @property
     def num_chains(self) -> int:
@@ -167,10 +170,7 @@ class Fit:
         check_count(num_draws, "num_draws", 2)
         check_count(num_particles, "num_particles", 3 if method == "upper" else 2)
         C, d = self.num_chains, self.diffusion
-        if method == "upper":
-            x_0 = self._standardise_paths(x)
-        else:
-            x_0 = np.broadcast_to(self.standardise(x), (C, *np.shape(x)))
+        x_0 = self._standardise_paths(x) if method == "upper" else np.stack([self.standardise(x)] * C)
         if method == "exact":
             results = [exact(d, self._params_of(c), x_0[c]) for c in range(C)]
         else:
@@ -198,18 +198,19 @@ class Fit:
         return to_datatree(
             self.diffusion,
             self.stacked_params,
-            x,
+            self.checked(x),
             losses=self.stacked_losses,
             loc=self.loc,
             scale=self.scale,
             rng_key=check_key(rng_key),
             num_draws=num_draws,
-            features=features,
+            features=self.features if features is None else features,
         )
 
     def save(self, path: str | Path) -> None:
         """Writes the fit to one .npz file, whole or not at all; `Fit.load` reads it. Raises `OSError`."""
         leaves = {f"leaf_{i:04}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.stacked_params))}
+        optional = {} if self.features is None else {"features": np.array(self.features)}
         names = np.array(
             [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.stacked_params)]
         )
@@ -225,6 +226,7 @@ class Fit:
                 **family_options(self.diffusion.family),
                 beta=np.asarray(self.noise_levels.beta),
                 **leaves,  # type: ignore[arg-type]  # no leaf is called allow_pickle
+                **optional,  # type: ignore[arg-type]
             )
 
     @classmethod
@@ -257,7 +259,8 @@ class Fit:
                     f"{path} holds the fit of another diffusion: {name} is {leaf.shape[1:]}, not {like.shape}"
                 )
         params = jax.tree.unflatten(treedef, [jnp.asarray(leaf) for leaf in leaves])
-        fit = cls(d, params, arrays["losses"], arrays["validation"], arrays["loc"], arrays["scale"])
+        features = tuple(arrays["features"].tolist()) if "features" in arrays else None
+        fit = cls(d, params, arrays["losses"], arrays["validation"], arrays["loc"], arrays["scale"], features)
         beta = np.asarray(fit.noise_levels.beta)
         if beta.shape != arrays["beta"].shape or not np.allclose(beta, arrays["beta"], rtol=1e-5, atol=0):
             raise ValueError(f"{path} holds the fit of another diffusion: its β_t are not those of this schedule")
@@ -269,9 +272,13 @@ class Fit:
     def _squeeze(self, leaf: Any) -> Any:
         return leaf[0] if self.num_chains == 1 else leaf
 
+    def checked(self, x: ArrayLike, name: str = "x") -> np.ndarray:
+        """x as data of the diffusion, in the data's own units, the columns of a data frame by name."""
+        return self.diffusion.checked(x, name, features=self.features)
+
     def standardise(self, x: ArrayLike, name: str = "x") -> np.ndarray:
         """x in the chain's own units, checked."""
-        return to_chain(self.diffusion, self.diffusion.checked(x, name), self.loc, self.scale)
+        return to_chain(self.diffusion, self.checked(x, name), self.loc, self.scale)
 
     def _standardise_paths(self, x: ArrayLike) -> np.ndarray:
         """x_0…x_T in the chain's own units, (C, N, T+1, *event_shape), checked."""

@@ -3,7 +3,9 @@ import signal
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 from helpers.diffusions import fit_of, light_diffusion, mlp_diffusion
@@ -30,9 +32,12 @@ def fitted(x):
     return small(num_chains=2)(x)
 
 
+NAMES = ["age", "mmol"]
+
+
 @pytest.fixture(scope="module")
 def single(x):
-    return small()(x)
+    return small()(pd.DataFrame(x, columns=NAMES))
 
 
 def test_shapes_of_one_chain_and_of_several(fitted, single, x):
@@ -199,6 +204,38 @@ def test_every_schedule_and_covariance_can_be_fitted(x, schedule, covariance):
     assert np.all(np.isfinite(fitted.losses))
     assert fitted.beta.shape == (schedule.num_timesteps,)
     assert np.all(np.isfinite(fitted.sample(KEY, 5)))
+
+
+def test_columns_of_a_frame_are_taken_by_name(single, x, tmp_path):
+    """The same rows with columns in another order, of other dtypes and from another library are the same data."""
+    frame = pd.DataFrame(x[:40], columns=NAMES)
+    single.save(tmp_path / "fit.npz")
+    read = Fit.load(tmp_path / "fit.npz", single.diffusion)
+    assert single.features == read.features == single.chain(0).features == tuple(NAMES)
+    wanted = single.log_likelihood(x[:40], rng_key=KEY).values
+    nullable, arrow = frame.convert_dtypes(), frame.astype("float64[pyarrow]")
+    for other in (frame, frame[NAMES[::-1]], nullable[NAMES[::-1]], arrow, frame.astype("float32").astype(float)):
+        np.testing.assert_allclose(read.log_likelihood(other, rng_key=KEY).values, wanted, atol=1e-5)
+    dt = single.to_datatree(frame[NAMES[::-1]], rng_key=KEY, num_draws=25)
+    assert dt["posterior"]["feature"].to_numpy().tolist() == NAMES
+    np.testing.assert_array_equal(dt["observed_data"]["x_0"], frame)
+    np.testing.assert_array_equal(single.checked(jnp.asarray(x[:40], jnp.bfloat16)), x[:40].astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda frame: frame[["age"]], ValueError, "has no column 'mmol', which this fit was made with; its"),
+        (lambda frame: frame.assign(other=1.0), ValueError, "has a column 'other', which this fit was not made with"),
+        (lambda frame: frame.set_axis(["age", "age"], axis=1), ValueError, "several columns called 'age'"),
+        (lambda frame: pd.concat({"a": frame}, axis=1), ValueError, "names of 2 levels.*set_axis"),
+        (lambda frame: frame.assign(mmol="high"), TypeError, "column 'mmol' of x has dtype .*; it must hold numbers"),
+        (lambda frame: frame.assign(mmol=np.nan), ValueError, r"NaN or infinite, in row\(s\) 0.*column\(s\) mmol"),
+    ],
+)  # fmt: skip
+def test_columns_of_another_frame_are_refused(single, x, change, error, words):
+    with pytest.raises(error, match=words):
+        single.log_likelihood(change(pd.DataFrame(x[:40], columns=NAMES)), rng_key=KEY)
 
 
 def test_saved_fit_is_read_back_the_same(fitted, tmp_path):

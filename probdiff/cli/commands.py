@@ -23,7 +23,7 @@ from probdiff.posterior.imputation import NUM_FILTERS
 from probdiff.posterior.imputation import impute as impute_table
 
 _DATA = (
-    "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .npy, .csv or .parquet file; of bits heartbeat, "
+    "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .csv, .parquet or .npy file; of bits heartbeat, "
     "binary-digits, or a file with --binary"
 )
 _PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 20 for real data, 0 else]"
@@ -102,7 +102,7 @@ def fit(
     start = time.perf_counter()
     fitted = fit_diffusion(
         d,
-        train,
+        pd.DataFrame(train, columns=list(data_split.features)),
         rng_key=jax.random.key(seed),
         num_steps=num_steps,
         batch_size=batch_size,
@@ -143,8 +143,8 @@ def sample(
     chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
 ) -> None:
     """Draw x_0 from a fitted run by ancestral sampling, in the data's own units."""
-    if out.suffix not in datasets.READERS:
-        raise ValueError(f"--out is {out}; it must end in {', '.join(datasets.READERS)}")
+    if out.suffix not in datasets.WRITTEN:
+        raise ValueError(f"--out is {out}; it must end in {', '.join(datasets.WRITTEN)}")
     opened = Run.open(run)
     d, data_split = opened.prepare()
     fitted = opened.load(d)

@@ -3,11 +3,20 @@
 from probdiff.checks import check_bits, check_data, check_varies
 from probdiff.datasets.named import BITS, Split, load, split
 from probdiff.datasets.synthetic import Density, GaussianMixture, Heartbeat, SwissRoll, eight_gaussians
-from probdiff.datasets.tables import READERS, dequantise, frame_numbers, integer_columns, read_frame, read_table
+from probdiff.datasets.tables import (
+    READERS,
+    WRITTEN,
+    dequantise,
+    frame_numbers,
+    integer_columns,
+    read_frame,
+    read_table,
+)
 
 __all__ = [
     "BITS",
     "READERS",
+    "WRITTEN",
     "Density",
     "GaussianMixture",
     "Heartbeat",

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from probdiff.checks import check_bits, check_data, check_varies
 from probdiff.datasets.synthetic import Density, Heartbeat, SwissRoll, eight_gaussians
-from probdiff.datasets.tables import READERS, dequantise, read_table
+from probdiff.datasets.tables import READERS, dequantise, read_table, table_suffix
 from probdiff.types import Key
 
 BITS = ("heartbeat", "binary-digits")  # of those that `load` knows by name
@@ -75,7 +74,7 @@ def load(
         if source == "binary-digits":
             return split((x >= 8).astype(np.uint8), features, key_split, test_fraction)
         x = dequantise(x, key_data) if source == "digits" else x
-    elif Path(source).suffix in READERS:
+    elif table_suffix(source) in READERS:
         if binary and dequantised:
             raise ValueError("bits are not dequantised; leave out binary or dequantise")
         x, features = read_table(source, columns, key_data if dequantised else None, integers=binary)

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from probdiff.datasets.text import read_text
 from probdiff.types import Key
 
-READERS = {".npy": "load", ".csv": "read_csv", ".parquet": "read_parquet"}
+WRITTEN = (".npy", ".csv", ".parquet")  # the suffixes of tables that are written
+READERS = (*WRITTEN, ".tsv", ".csv.gz", ".tsv.gz")  # and of those that are read
 
 
 def read_table(
@@ -19,11 +21,12 @@ def read_table(
     dequantise_key: Key | None = None,
     integers: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
-    """The numbers in a .npy, .csv or .parquet file as an array (N, D), and the names of its columns.
+    """The numbers in a .npy, .csv, .tsv or .parquet file as an array (N, D), and the names of its columns.
 
-    The columns of a .npy file, an array (N, D), are called "0" to "D−1". With `dequantise_key`, columns of integers
-    are dequantised; without it they are refused, since a density has no upper bound on them, unless `integers` are
-    wanted as they are.
+    The columns of a .npy file, an array (N, D), are called "0" to "D−1"; the first row of a text file names its
+    columns, and its fields are separated by commas, semicolons, tabs or bars. With `dequantise_key`, columns of
+    integers are dequantised; without it they are refused, since a density has no upper bound on them, unless
+    `integers` are wanted as they are.
     Raises `ValueError` for a file that cannot be read, a column that is not there and a column that is not of
     numbers. Missing entries come back as NaN.
     """
@@ -42,27 +45,34 @@ def integer_columns(frame: Any) -> np.ndarray:
     return np.array([kinds.is_integer_dtype(kind) or kinds.is_bool_dtype(kind) for kind in frame.dtypes])
 
 
+def table_suffix(path: str | Path) -> str:
+    """The end of a file's name that tells how it is read, in lower case: that of `a.CSV.gz` is ".csv.gz"."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
+
+
 def read_frame(path: str | Path, columns: Sequence[str] | None) -> Any:
     """The data frame in a file, with these columns or all; raises as `read_table`."""
     import pandas as pd
 
-    path = Path(path)
-    if path.suffix not in READERS:
-        raise ValueError(f"{path} ends in {path.suffix!r}; the files read are {', '.join(READERS)}")
+    path, suffix = Path(path), table_suffix(path)
+    if suffix not in READERS:
+        raise ValueError(f"{path} ends in {suffix!r}; the files read are {', '.join(READERS)}")
+    if columns and len(set(columns)) < len(columns):
+        raise ValueError(f"columns are {', '.join(columns)}; each must be named once")
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     try:
-        if path.suffix == ".npy":
+        if suffix == ".npy":
             array = np.load(path, allow_pickle=False)
             if array.ndim != 2:
                 raise ValueError(f"its array has shape {array.shape}; it must be (N, D)")
             frame = pd.DataFrame(array, columns=[str(i) for i in range(array.shape[1])])
         else:
-            frame = getattr(pd, READERS[path.suffix])(path)
+            frame = pd.read_parquet(path) if suffix == ".parquet" else read_text(path)
     except Exception as error:  # each reader has errors of its own, and all mean the same to the user
-        raise ValueError(
-            f"{path} could not be read: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
+        first_line = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"{path} could not be read: {first_line}") from error
     frame.columns = [str(name) for name in frame.columns]
     if columns:
         missing = [name for name in columns if name not in frame.columns]
@@ -80,7 +90,11 @@ def frame_numbers(frame: Any, name: str, integers: bool = False) -> np.ndarray:
 
     words = [column for column in frame.columns if not kinds.is_numeric_dtype(frame[column])]
     if words:
-        raise ValueError(f"{name}: column {words[0]!r} does not hold numbers; leave it out, naming the columns to use")
+        first = frame[words[0]].dropna().head(1).tolist()
+        such = f" ({first[0]!r})" if first else ""
+        raise ValueError(
+            f"{name}: column {words[0]!r} does not hold numbers{such}; leave it out, naming the columns to use"
+        )
     whole = frame.columns[integer_columns(frame)]
     if len(whole) and not integers:
         raise ValueError(
@@ -88,7 +102,7 @@ def frame_numbers(frame: Any, name: str, integers: bool = False) -> np.ndarray:
             "dequantise them (--dequantise), leave them out, or write them with decimals if they were measured; "
             "a table of bits is --binary"
         )
-    return frame.to_numpy(np.float64, copy=True)
+    return frame.to_numpy(np.float64, copy=True, na_value=np.nan)
 
 
 def dequantise(x: ArrayLike, rng_key: Key) -> np.ndarray:

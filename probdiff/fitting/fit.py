@@ -1,6 +1,7 @@
 """`fit(...)`: data in their own units to a `Fit`."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from probdiff.chains import Diffusion, to_chain
-from probdiff.checks import check_key, check_varies
+from probdiff.checks import check_key, check_varies, feature_names
 from probdiff.datasets.named import split
 from probdiff.fitting.loop import Objective, Settings, Times, train
 from probdiff.fitting.streams import Stream
@@ -45,15 +46,16 @@ def fit(
 ) -> "Fit":
     """Fits β_t and the reverse kernels to data by SVI, maximising the ELBO of N17.
 
-    x (N, *event_shape), in the data's own units. For a Gaussian chain it is floating-point, and the chain runs on x
-    less its mean and over its standard deviation, each feature apart; a `streams.stream` of a file stands for rows that
-    do not fit in memory. For a binomial chain it is bits, 0 or 1 of any dtype, which stay as they are.
-    `batch_size` is 512, and at most the rows that are fitted. `num_chains` independent fits run side by side. Among
-    several devices, those of `mesh` or else all, fits and batches are shared out over the mesh's axes "chain" and
-    "data"; see `devices.choose_mesh`. Several processes must be given the same arguments, all of x too. `validation` is
-    data (M, *event_shape) on which the best params are chosen, or the share of x to hold out for that, 0 for none.
-    The gradient is clipped to a norm of `gradient_clip`, 1, and Adam's steps fall from `learning_rate`, 2e-3, to zero;
-    `optimizer`, such as `optax.adamw(1e-3)` or an optimiser of NumPyro, takes the place of both.
+    x (N, *event_shape), in the data's own units; of a data frame (N, D) the fit keeps the names. For a Gaussian
+    chain x is floating-point, and the chain runs on x less its mean and over its standard deviation, each feature
+    apart; a `streams.stream` of a file stands for rows that do not fit in memory. For a binomial chain it is bits,
+    0 or 1 of any dtype, which stay as they are. `batch_size` is 512, and at most the rows that are fitted.
+    `num_chains` independent fits run side by side. Among several devices, those of `mesh` or else all, fits and
+    batches are shared out over the mesh's axes "chain" and "data"; see `devices.choose_mesh`. Several processes
+    must be given the same arguments, all of x too. `validation` is data (M, *event_shape) on which the best params
+    are chosen, or the share of x to hold out for that, 0 for none. The gradient is clipped to a norm of
+    `gradient_clip`, 1, and Adam's steps fall from `learning_rate`, 2e-3, to zero; `optimizer`, such as
+    `optax.adamw(1e-3)` or an optimiser of NumPyro, takes the place of both.
 
     A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
     network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
@@ -66,7 +68,9 @@ def fit(
             raise ValueError(f"x is a stream of shape {x.shape}; this diffusion has event_shape {d.event_shape}")
         if d.family.support.is_discrete:
             raise TypeError("x is a stream, of floating-point numbers; this diffusion wants bits")
+        features = x.columns
     else:
+        features = feature_names(x, "x")
         x = d.checked(x, "x", minimum=2)
     num_rows = x.shape[0]
     if batch_size is not None and batch_size > num_rows:
@@ -78,10 +82,10 @@ def fit(
     data: np.ndarray | Stream
     if isinstance(x, Stream):
         loc, scale = x.moments()
-        data, held_out = x.standardised(loc, scale), _held_out_of_stream(d, x, validation)
+        data, held_out = x.standardised(loc, scale), _held_out_of_stream(d, x, validation, features)
     else:
-        loc, scale = units(d, x)
-        kept, held_out = _hold_out(d, x, validation, rng_key)
+        loc, scale = units(d, x, features)
+        kept, held_out = _hold_out(d, x, validation, rng_key, features)
         data = to_chain(d, kept, loc, scale)
     patience = 20 if few and held_out is not None and patience is None else patience
     if patience is not None and held_out is None:
@@ -112,25 +116,31 @@ def fit(
         mesh=mesh,
     )
     log_det = float(np.log(scale).sum())
-    return Fit(d, trained.params, trained.losses + log_det, trained.validation - log_det, loc, scale)
+    return Fit(d, trained.params, trained.losses + log_det, trained.validation - log_det, loc, scale, features)
 
 
-def _held_out_of_stream(d: Diffusion, x: Stream, validation: ArrayLike | float | None) -> np.ndarray | None:
+def _held_out_of_stream(
+    d: Diffusion, x: Stream, validation: ArrayLike | float | None, features: tuple[str, ...] | None
+) -> np.ndarray | None:
     if validation is None or (not np.ndim(validation) and float(np.asarray(validation)) == 0):
         return None
     if not np.ndim(validation):
         raise ValueError(f"validation is {validation}; of a stream no share is held out: give rows of data")
-    return d.checked(validation, "validation")
+    return d.checked(validation, "validation", features=features)
 
 
 def _hold_out(
-    d: Diffusion, data: np.ndarray, validation: ArrayLike | float | None, rng_key: Key
+    d: Diffusion,
+    data: np.ndarray,
+    validation: ArrayLike | float | None,
+    rng_key: Key,
+    features: tuple[str, ...] | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The rows to fit and those held out, if any: `validation` itself, or a share of the data drawn at random."""
     if validation is None:
         return data, None
     if np.ndim(validation):
-        return data, d.checked(validation, "validation")
+        return data, d.checked(validation, "validation", features=features)
     share = float(np.asarray(validation))
     if not 0 <= share < 1:
         raise ValueError(f"validation is {share}; it must be data, or a share of x from 0 to less than 1")
@@ -140,12 +150,12 @@ def _hold_out(
     return parts.train, parts.test
 
 
-def units(d: Diffusion, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def units(d: Diffusion, x: np.ndarray, features: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Where the chain's own units have zero and one: mean and standard deviation of each feature of x.
 
     What is discrete stays as it is. Raises `ValueError` for a feature that does not vary.
     """
     if d.family.support.is_discrete:
         return np.zeros(d.event_shape), np.ones(d.event_shape)
-    check_varies(x, "x")
+    check_varies(x, "x", features)
     return x.mean(0), x.std(0)

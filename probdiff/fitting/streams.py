@@ -43,7 +43,7 @@ class Stream:
         import pyarrow.parquet as parquet
 
         groups = parquet.ParquetFile(self.path).read_row_groups(range(first, last), columns=list(self.columns))
-        return frame_numbers(groups.to_pandas(), str(self.path))
+        return frame_numbers(groups.to_pandas()[list(self.columns)], str(self.path))
 
     @property
     def _block_rows(self) -> int:

@@ -67,6 +67,7 @@ def sample(
     Source: Wu et al. 2023 (twisted diffusion sampler); the twists are those of `guidance`.
     """
     d, size = fit.diffusion, fit.loc.size
+    features = fit.features if features is None else features
     names = [str(i) for i in range(size)] if features is None else list(features)
     if len(names) != size or len(set(names)) < size or isinstance(features, str):
         raise ValueError(f"features is {features!r}; the data have {size} features, whose names must differ")
@@ -128,20 +129,21 @@ def log_conditional(
     fit: Fit,
     x: ArrayLike,
     *,
-    of: Sequence[int],
-    given: Sequence[int],
+    of: Sequence[int | str],
+    given: Sequence[int | str],
     rng_key: Key,
     num_particles: int = 1000,
     num_filters: int = 8,
 ) -> LogLikelihood:
     """log p(x_A given x_B) = log p(x_A, x_B) − log p(x_B) for features A = `of` and B = `given` of x (N, D), nats.
 
-    Features are counted from 0 in the flattened x; those in neither set are integrated out. In the data's own units.
+    Features are counted from 0 in the flattened x, or named as in the data frame that was fitted; those in neither set
+    are integrated out. In the data's own units.
     Raises `ValueError` where `of` is empty, a feature is in both or not of the data, and as `sample`.
     """
-    x = fit.diffusion.checked(x, "x")
+    x = fit.checked(x)
     flat = x.reshape(len(x), -1)
-    A, B = _features(of, "of", flat.shape[1]), _features(given, "given", flat.shape[1])
+    A, B = _features(of, "of", fit), _features(given, "given", fit)
     if not A:
         raise ValueError("of has no feature; it must name at least one")
     if set(A) & set(B):
@@ -164,11 +166,18 @@ def log_conditional(
     )
 
 
-def _features(features: Sequence[int], name: str, size: int) -> list[int]:
+def _features(features: Sequence[int | str], name: str, fit: Fit) -> list[int]:
+    """The places of features, which are given by place or by name."""
+    size, names = fit.loc.size, fit.features or ()
     array = np.asarray(features)
+    if names and array.ndim == 1 and array.dtype.kind in "UO":
+        if unknown := [feature for feature in features if isinstance(feature, str) and feature not in names]:
+            raise ValueError(f"{name} has {unknown[0]!r}; the features of this fit are {some(names)}")
+        array = np.asarray([names.index(feature) if isinstance(feature, str) else feature for feature in features])
     wrong = array.ndim != 1 or (array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= size))
     if wrong or len(np.unique(array)) < len(array):
-        raise ValueError(f"{name} is {features}; it must be a list of different integers from 0 to {size - 1}")
+        by_name = ", or of names" * bool(names)
+        raise ValueError(f"{name} is {features}; it must be a list of different integers from 0 to {size - 1}{by_name}")
     return [int(f) for f in array]
 
 

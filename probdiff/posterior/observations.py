@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import ArrayLike, Float
 
-from probdiff.checks import some
+from probdiff.checks import frame_values, some
 from probdiff.posterior.guidance import GuidedBlackBox, GuidedLikelihood, GuidedLinearGaussian, GuidedSmooth
 from probdiff.results import Fit
 from probdiff.types import Key
@@ -201,6 +201,7 @@ def _check_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Non
 
 def _known(fit: Fit, x: ArrayLike) -> np.ndarray:
     """The table (N, D), checked, with NaN where an entry is missing or masked."""
+    x = frame_values(x, "x", fit.features)
     masked = isinstance(x, np.ma.MaskedArray) and x.dtype.kind == "f"
     array = np.ma.filled(x, np.nan) if masked else np.asarray(x)
     if array.dtype.kind != "f":

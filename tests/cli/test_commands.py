@@ -261,6 +261,7 @@ ONE_LINE = {
     "not a number": (["fit", "words.csv"], "column 'name' does not hold numbers"),
     "unknown column": (["fit", "good.csv", "--columns", "a,z"], "no column 'z'; its columns are a, b"),
     "NaN": (["fit", "holes.csv"], "holes.csv has 1 entries that are NaN or infinite, in row(s) 7 and column(s) b"),
+    "a column twice": (["fit", "good.csv", "--columns", "a,a"], "columns are a, a; each must be named once"),
     "integers": (["fit", "whole.csv"], "column 'a' holds integers"),
     "some integers": (["fit", "mixed.csv"], "column 'b' holds integers"),
     "option of tables": (["fit", "--columns", "x"], "swiss-roll is synthetic"),

@@ -1,3 +1,5 @@
+import gzip
+
 import jax
 import numpy as np
 import pandas as pd
@@ -131,6 +133,60 @@ def test_tables_are_read_as_they_were_written(tmp_path, suffix):
     assert names == (["0", "1", "2"] if suffix == ".npy" else ["a", "b", "c"])
     one, _ = datasets.read_table(path, [names[2]])
     np.testing.assert_allclose(one, x[:, 2:], rtol=1e-14)
+
+
+TEXTS = {
+    "rows that end in a comma": ("table.csv", "a,b\n1.5,2.5,\n3.5,4.5,\n"),
+    "semicolons": ("table.csv", "a;b\n1.5;2.5\n3.5;4.5\n"),
+    "decimal commas": ("table.csv", "a;b\n1,5;2,5\n3,5;4,5\n"),
+    "tabs": ("table.tsv", "a\tb\n1.5\t2.5\n3.5\t4.5\n"),
+    "bars and a blank line": ("table.csv", "\na|b\n1.5|2.5\n3.5|4.5\n"),
+    "a byte order mark": ("table.csv", "\ufeffa,b\n1.5,2.5\n3.5,4.5\n"),
+    "upper case": ("table.CSV", "a,b\n1.5,2.5\n3.5,4.5\n"),
+    "gzip": ("table.csv.gz", "a,b\n1.5,2.5\n3.5,4.5\n"),
+    "exponents": ("table.csv", "a;b\n15e-1;2,5\n3,5;45e-1\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_text_is_read_whatever_separates_its_fields(tmp_path, case):
+    name, text = TEXTS[case]
+    content = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    array, names = datasets.read_table(tmp_path / name)
+    assert names == ["a", "b"]
+    np.testing.assert_array_equal(array, [[1.5, 2.5], [3.5, 4.5]])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("5.9,1.3\n4.3,2.1\n", "first row holds numbers, 5.9, 1.3, where the names"),
+        ("5,9;1,3\n4,3;2,1\n", "first row holds numbers, 5,9, 1,3, where the names"),
+        ("a,b,a\n1.5,2.5,3.5\n", "two of its columns are called 'a'"),
+        ("a,b\n1.5,2.5,3.5\n", "rows have 3 fields, and its first row has 2 names"),
+        ("a,b\n5,9,1,3\n", "rows have 4 fields, and its first row has 2 names"),
+        ("a,b\n1.5,20%\n", "column 'b' does not hold numbers .'20%'."),
+        ("\n\n", "it is empty"),
+    ],
+)
+def test_text_that_would_be_misread_is_refused(tmp_path, text, words):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        datasets.read_table(tmp_path / "table.csv")
+
+
+def test_counted_columns_are_names(tmp_path):
+    pd.DataFrame(np.zeros((3, 2))).to_csv(tmp_path / "table.csv", index=False)
+    assert datasets.read_table(tmp_path / "table.csv")[1] == ["0", "1"]
+    with pytest.raises(ValueError, match="columns are 0, 0; each must be named once"):
+        datasets.read_table(tmp_path / "table.csv", ["0", "0"])
+
+
+def test_nullable_columns_are_numbers(tmp_path):
+    frame = pd.DataFrame({"a": pd.array([1.5, None], "Float64"), "b": pd.array([2.5, 4.5], "double[pyarrow]")})
+    frame.to_parquet(tmp_path / "table.parquet")
+    np.testing.assert_array_equal(datasets.read_table(tmp_path / "table.parquet")[0], [[1.5, 2.5], [np.nan, 4.5]])
 
 
 def test_columns_of_integers_are_dequantised_and_no_others(tmp_path):

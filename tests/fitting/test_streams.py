@@ -26,6 +26,12 @@ def test_moments_are_those_of_the_whole(path):
     np.testing.assert_allclose(scale, X.std(0), rtol=1e-12)
 
 
+def test_columns_come_in_the_order_in_which_they_are_named(tmp_path):
+    pd.DataFrame(X, columns=["a", "b"]).to_parquet(tmp_path / "x.parquet")
+    stream = streams.stream(tmp_path / "x.parquet", columns=["b", "a"])
+    np.testing.assert_array_equal(stream[0], X[:, ::-1].astype(np.float32))
+
+
 def test_each_pass_has_every_row_once_in_another_order(path):
     stream = streams.stream(path, block_rows=90)
     buffers = stream.standardised(X.mean(0), X.std(0)).buffers(num_rows=80)

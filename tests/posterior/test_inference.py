@@ -1,10 +1,13 @@
 """What users are given of a posterior, and what they are told."""
 
+from dataclasses import replace
+
 import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import pandas as pd
 import pytest
 import xarray as xr
 from helpers.posteriors import FAILURE, KEY, A, conditioned, linear_fit, three_modes
@@ -19,23 +22,27 @@ from probdiff.results import Fit
 def test_conditional_densities(x64):
     fit, mean, cov = linear_fit("full")
     x = np.array([[3.0, -1.8], [0.5, -2.5]])
-    found = posterior.log_conditional(fit, x, of=[1], given=[0], rng_key=KEY, num_particles=500, num_filters=20)
+    named = replace(fit, features=("a", "b"))
+    frame = pd.DataFrame(x[:, ::-1], columns=["b", "a"])
+    options = {"rng_key": KEY, "num_particles": 500, "num_filters": 20}
+    found = posterior.log_conditional(named, frame, of=["b"], given=["a"], **options)
+    with pytest.raises(ValueError, match="given has 'c'; the features of this fit are a, b"):
+        posterior.log_conditional(named, frame, of=["b"], given=["c"], **options)
     for i, row in enumerate(x):
         m, v, _ = conditioned(mean, cov, row[:1], np.eye(2)[:1], 0)
         z = (found.values[i] - stats.norm(m[1], np.sqrt(v[1, 1])).logpdf(row[1])) / found.values_mcse[i]
         assert abs(z) < stats.t(19).isf(FAILURE / 4)
     assert found.kind == "estimate"
-    alone = posterior.log_conditional(fit, x, of=[1], given=[], rng_key=KEY, num_particles=500, num_filters=20)
+    alone = posterior.log_conditional(fit, x, of=[1], given=[], **options)
     z = (alone.values - stats.norm(mean[1], np.sqrt(cov[1, 1])).logpdf(x[:, 1])) / alone.values_mcse
     assert np.all(np.abs(z) < stats.t(19).isf(FAILURE / 4))
 
 
 def test_the_tree_is_read_by_arviz_and_kept(tmp_path):
-    fit = three_modes()
-    dt = posterior.sample(
-        fit, LinearGaussian(np.array([[0.3], [0.5]]), A, 0.2), rng_key=KEY, num_particles=100, num_filters=4,
-        features=["a", "b"],
-    )  # fmt: skip
+    fit = replace(three_modes(), features=("a", "b"))
+    seen = LinearGaussian(np.array([[0.3], [0.5]]), A, 0.2)
+    dt = posterior.sample(fit, seen, rng_key=KEY, num_particles=100, num_filters=4)
+    assert dt["posterior"]["feature"].to_numpy().tolist() == ["a", "b"]
     assert dict(dt["posterior"].dataset.sizes) == {"chain": 4, "draw": 100, "datum": 2, "feature": 2}
     assert dt["filters"].dataset["ess"].dims == ("chain", "t", "datum")
     assert dt["filters"].dataset["t"].to_numpy().tolist() == [5, 4, 3, 2, 0]

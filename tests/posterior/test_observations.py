@@ -84,6 +84,7 @@ def test_images_are_observed_as_they_are(x64):
     assert abs(dt["posterior"].dataset["x_0"].to_numpy()[..., 1].mean() - 4) < 0.2
 
 
+@pytest.mark.slow
 def test_an_observation_that_says_nothing_leaves_the_prior():
     fit = linear_fit("full")[0]
     dt = posterior.sample(
