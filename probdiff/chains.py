@@ -27,6 +27,7 @@ from probdiff.families import compiled
 from probdiff.families.base import Family, ForwardStep, as_state, in_form_of, state_dtype
 from probdiff.families.binomial import Binomial
 from probdiff.families.gaussian import Covariance, Gaussian
+from probdiff.locks import LOCK
 from probdiff.networks.residual_mlp import Recipe
 from probdiff.noncentred import ancestral
 from probdiff.schedules import NoiseLevels, Schedule
@@ -69,7 +70,7 @@ class Diffusion:
     @property
     def family(self) -> Family:
         """The distributions of the chains."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no family; a subclass, as GaussianDiffusion, returns one")
 
     def checked(self, x: ArrayLike, name: str, minimum: int = 1, features: Sequence[str] | None = None) -> np.ndarray:
         """x as data of this diffusion, (N, *event_shape) in the support of the family; raises as `check_support`."""
@@ -237,7 +238,7 @@ class Diffusion:
 
     def initial_params(self, rng_key: Key) -> Params:
         """The params that a fit starts from."""
-        with handlers.block():  # where it is called in a model, the params are none of that
+        with LOCK, handlers.block():  # where it is called in a model, the params are none of that
             trace = handlers.trace(handlers.seed(self.kernels, rng_key)).get_trace()
         return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
 

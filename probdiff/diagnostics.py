@@ -17,7 +17,7 @@ from probdiff.checks import check_count
 from probdiff.likelihood.elbo import elbo_draws
 from probdiff.likelihood.paths import log_importance_weights
 from probdiff.psis import k_threshold, pareto_k
-from probdiff.sampling import forward_draws, noise_levels, reverse_draws
+from probdiff.sampling import forward_draws, noise_levels, one_fit, reverse_draws
 from probdiff.types import Key, Params
 
 _LEVEL = 0.01  # of the bands and of the verdict
@@ -67,7 +67,7 @@ def to_datatree(
     times = times_shown(d.num_timesteps)
     posterior, forward, pit, log_lik, weights, parts, terminal = ([] for _ in range(7))
     for c in range(C):
-        params = jax.tree.map(lambda leaf, c=c: leaf[c], stacked_params)
+        params = one_fit(stacked_params, c)
         key_rows, key_q, key_p, key_pit, key_elbo, key_weight = jax.random.split(jax.random.fold_in(rng_key, c), 6)
         rows = np.concatenate(
             [jax.random.permutation(key, len(x_0)) for key in jax.random.split(key_rows, -(-num_draws // len(x_0)))]
@@ -136,7 +136,7 @@ def _elbo_draws(
     parts, draws = elbo_draws(d, params, x_0, rng_key=rng_key, num_draws=num_draws)
     mean = draws.mean(0)
     terms = np.concatenate([[parts.reconstruction.mean()], -parts.steps.mean(0)])
-    return mean + (draws - mean) / np.sqrt(num_draws), terms, float(parts.prior.mean())
+    return mean + (draws - mean) / np.sqrt(num_draws), terms, float(parts.terminal.mean())
 
 
 @dataclass(frozen=True)

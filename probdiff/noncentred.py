@@ -33,7 +33,7 @@ def ancestral(terminal: dist.Distribution, kernel: Kernel, num_timesteps: int, *
 def _stacked(terminal: dist.Distribution, kernel: Kernel, T: int) -> Event:
     """x_1, from the noise of all kernels above it."""
     if not terminal.has_rsample:
-        raise ValueError("stacked=True is for Gaussian chains; the noise of bits is discrete")
+        raise ValueError("stacked=True is for chains of numbers; the noise of this one is discrete")
     axis = -1 - len(terminal.event_shape)
     if given := [t for t in range(1, T + 1) if is_given(f"x_{t}")]:
         raise ValueError(f"stacked=True has no site x_{given[0]}, which a handler gives a value to; leave it out")

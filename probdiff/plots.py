@@ -188,7 +188,7 @@ def elbo_parts(dt: xr.DataTree) -> Figure:
     axes = figure.subplots()
     for c in range(num_fits):
         parts = group["elbo_part"][c].to_numpy()
-        more = f": log p(x⁽⁰⁾|x⁽¹⁾) = {parts[0]:.3f}, prior KL = {float(group['prior_kl'][c]):.3f}"
+        more = f": log p(x⁽⁰⁾|x⁽¹⁾) = {parts[0]:.3f}, KL of x⁽ᵀ⁾ = {float(group['prior_kl'][c]):.3f}"
         style = {"color": _colour(c, num_fits), "label": _label(c, num_fits, more)}
         axes.plot(t[1:], -parts[1:], marker="." if len(t) <= 60 else "", alpha=0.8, **style)
     axes.set(xlabel="t", ylabel="E KL at t (nats per datum)", ylim=(0, None))

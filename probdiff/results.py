@@ -115,12 +115,15 @@ class Fit:
             [reverse_draws(self.diffusion, self._params_of(c), keys[c], n, times) for c in range(self.num_chains)]
         )
         draws = draws if paths else draws[:, :, 0]
-        if not np.issubdtype(draws.dtype, np.floating):  # bits have no units
+        if self.diffusion.family.support.is_discrete:  # bits have no units
             return self._squeeze(draws)
         return self._squeeze(self.loc + self.scale * draws)
 
     def prior(self) -> Callable[..., Event]:
-        """p(x_0) as a NumPyro program that returns x in the data's own units, its sites in the chain's; see `prior`."""
+        """p(x_0) as a NumPyro program that returns x in the data's own units, its sites in the chain's.
+
+        See `Diffusion.prior`. Raises `ValueError` where there are several chains.
+        """
         if self.num_chains > 1:
             raise ValueError(f"this fit has {self.num_chains} chains; choose one, such as fit.chain(fit.best).prior()")
         program = self.diffusion.prior(self.params)

@@ -10,13 +10,16 @@ from jaxtyping import Array
 from numpyro import handlers
 from numpyro.infer import Predictive
 
+from probdiff.blocks import block_size
 from probdiff.chains import Diffusion
+from probdiff.locks import one_at_a_time
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Data, Key, Params
 
 _ROWS = 2048  # paths to one compiled call
 
 
+@one_at_a_time
 @partial(jax.jit, static_argnums=(0, 3, 4))
 def _reverse_block(d: Diffusion, params: Params, rng_key: Key, n: int, times: tuple[int, ...]) -> Array:
     draws = Predictive(d.reverse, params=params, num_samples=n, parallel=True)(rng_key, stacked=True)
@@ -26,6 +29,7 @@ def _reverse_block(d: Diffusion, params: Params, rng_key: Key, n: int, times: tu
     return path[:, jnp.asarray([d.num_timesteps - t for t in times])]
 
 
+@one_at_a_time
 @partial(jax.jit, static_argnums=(0, 4))
 def _forward_block(d: Diffusion, params: Params, x_0: Data, rng_key: Key, times: tuple[int, ...]) -> Array:
     program = handlers.substitute(handlers.seed(d.forward, rng_key), data=params)
@@ -36,7 +40,7 @@ def _forward_block(d: Diffusion, params: Params, x_0: Data, rng_key: Key, times:
 def reverse_draws(d: Diffusion, params: Params, rng_key: Key, n: int, times: Sequence[int]) -> np.ndarray:
     """n paths drawn from p (N13) by ancestral sampling, at `times`; (n, len(times), *event_shape), chain units."""
     most = 2**17 if tuple(times) == (0,) and jax.default_backend() != "cpu" else _ROWS  # to keep a GPU busy
-    rows = min(most, 1 << (n - 1).bit_length())
+    rows = block_size(n, most)
     keys = jax.random.split(rng_key, -(-n // rows))
     return np.concatenate([_reverse_block(d, params, key, rows, tuple(times)) for key in keys])[:n]
 
@@ -51,6 +55,7 @@ def one_fit(stacked_params: Params, c: int) -> Params:
     return jax.tree.map(lambda leaf: leaf[c], stacked_params)
 
 
+@one_at_a_time
 def noise_levels(d: Diffusion, stacked_params: Params, num_fits: int) -> NoiseLevels:
     """The noise levels of several fits, each leaf with a leading axis of them."""
     levels = [handlers.substitute(d.schedule, data=one_fit(stacked_params, c))() for c in range(num_fits)]

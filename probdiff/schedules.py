@@ -15,6 +15,7 @@ import numpyro
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
+from probdiff.checks import check_count
 from probdiff.types import Time
 
 _LARGEST_BETA = 0.999  # of the schedules that rise to 1
@@ -23,6 +24,8 @@ _LARGEST_INITIAL_BETA = 0.5
 
 
 class Schedule(Protocol):
+    """What gives the noise levels of a chain, called without arguments inside a NumPyro program."""
+
     @property
     def num_timesteps(self) -> int: ...
     def __call__(self) -> "NoiseLevels": ...
@@ -88,13 +91,6 @@ def from_beta(beta: Float[Array, " T"]) -> NoiseLevels:
     return NoiseLevels(beta, log_alpha, jnp.concatenate([jnp.zeros_like(beta[:1]), jnp.cumsum(log_alpha)]))
 
 
-def _check_num_timesteps(num_timesteps: int) -> None:
-    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int | np.integer):
-        raise TypeError(f"num_timesteps is {num_timesteps!r}; it must be an integer")
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps is {num_timesteps}; it must be at least 1")
-
-
 def _checked_beta(beta: object) -> np.ndarray:
     array = np.asarray(beta, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
@@ -141,7 +137,7 @@ def linear(num_timesteps: int, first: float = 1e-4, last: float = 0.02) -> Fixed
     The scaling keeps ᾱ_T near that of T = 1000; a β_t that would pass 0.999 is held there.
     Raises `ValueError` where T < 1 or an end point is outside (0, 1).
     """
-    _check_num_timesteps(num_timesteps)
+    check_count(num_timesteps, "num_timesteps", 1)
     first, last = _checked_beta([first, last]).tolist()
     return Fixed(np.minimum(np.linspace(first, last, num_timesteps) * 1000 / num_timesteps, _LARGEST_BETA))
 
@@ -151,7 +147,7 @@ def cosine(num_timesteps: int, offset: float = 0.008) -> Fixed:
 
     Raises `ValueError` where T < 1 or the offset s is negative.
     """
-    _check_num_timesteps(num_timesteps)
+    check_count(num_timesteps, "num_timesteps", 1)
     if not offset >= 0:
         raise ValueError(f"offset is {offset}; it must not be negative")
     angle = 0.5 * np.pi * (np.arange(num_timesteps + 1) / num_timesteps + offset) / (1 + offset)
@@ -164,7 +160,7 @@ def log_snr_linear(num_timesteps: int, first: float = 5.0, last: float = -2.0) -
 
     Raises `ValueError` where T < 1 or the log-SNR would not fall.
     """
-    _check_num_timesteps(num_timesteps)
+    check_count(num_timesteps, "num_timesteps", 1)
     if not first > last:
         raise ValueError(f"first is {first} and last is {last}; the log-SNR must fall")
     log_snr = np.linspace(first, last, num_timesteps) if num_timesteps > 1 else np.array([last])
@@ -187,10 +183,10 @@ class _Harmonic:
 def harmonic(num_timesteps: int) -> _Harmonic:
     """β_t = 1/(T − t + 1), which removes an equal share 1/T of the data at each step (Sohl-Dickstein et al. 2015).
 
-    β_T = 1 exactly, so x_T is noise alone and the prior term of the ELBO is zero.
+    β_T = 1 exactly, so x_T is noise alone and the terminal term of the ELBO is zero.
     Raises `ValueError` where T < 1.
     """
-    _check_num_timesteps(num_timesteps)
+    check_count(num_timesteps, "num_timesteps", 1)
     return _Harmonic(int(num_timesteps))
 
 
@@ -207,7 +203,7 @@ class LearnedBetas:
     initial: Any = None
 
     def __post_init__(self) -> None:
-        _check_num_timesteps(self.num_timesteps)
+        check_count(self.num_timesteps, "num_timesteps", 1)
         initial = log_snr_linear(self.num_timesteps) if self.initial is None else self.initial
         beta = np.minimum(initial.beta, _LARGEST_INITIAL_BETA) if hasattr(initial, "beta") else initial
         beta = _checked_beta(beta)
@@ -237,9 +233,8 @@ class LearnedSNR:
     num_knots: int = 16
 
     def __post_init__(self) -> None:
-        _check_num_timesteps(self.num_timesteps)
-        if self.num_knots < 2:
-            raise ValueError(f"num_knots is {self.num_knots}; it must be at least 2")
+        check_count(self.num_timesteps, "num_timesteps", 1)
+        check_count(self.num_knots, "num_knots", 2)
 
     def __call__(self) -> NoiseLevels:
         start = numpyro.param("log_snr_start", jnp.asarray(8.0))

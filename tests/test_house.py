@@ -10,7 +10,7 @@ import probdiff
 # the rooms from top to bottom; those of one floor do not know of each other
 FLOORS = [
     ["types"],
-    ["checks", "files", "psis", "blocks"],
+    ["checks", "files", "psis", "blocks", "locks"],
     ["datasets"],
     ["schedules", "networks"],
     ["families"],

@@ -97,7 +97,7 @@ def test_learned_snr_keeps_its_params_at_any_length():
     [
         (lambda: schedules.cosine(0), ValueError, "num_timesteps is 0"),
         (lambda: schedules.LearnedBetas(-3), ValueError, "num_timesteps is -3"),
-        (lambda: schedules.LearnedSNR(2.5), TypeError, "num_timesteps is 2.5"),
+        (lambda: schedules.LearnedSNR(2.5), ValueError, "num_timesteps is 2.5"),
         (lambda: schedules.Fixed([0.1, 1.0]), ValueError, r"beta\[1\] is 1"),
         (lambda: schedules.Fixed([0.0, 0.5]), ValueError, r"beta\[0\] is 0"),
         (lambda: schedules.Fixed([0.1, np.nan]), ValueError, r"beta\[1\] is nan"),

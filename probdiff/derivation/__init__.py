@@ -21,6 +21,7 @@ from probdiff.derivation.gradient import jittered
 from probdiff.derivation.ledger import Comparison, Ledger, Row, Statement, Verdict
 from probdiff.derivation.pair import Pair, Program, supports
 from probdiff.derivation.rows import CHECKS, Check
+from probdiff.locks import one_at_a_time
 from probdiff.reference import feller, oracle, oracle_of_bits
 from probdiff.types import Key, Params
 
@@ -41,6 +42,7 @@ __all__ = [
 _ORDER = ("N2", "N3", "N5", "N13", "N1", "N6", "N8", "N7", "N4", "N10", "N12", "N9", "N11", "N14", "N15", "N16", "N17")
 
 
+@one_at_a_time
 @validation_enabled(is_validate=False)  # it compiles a program for each constant that is checked
 def check(
     model: Program,
@@ -109,7 +111,7 @@ def check(
         f"N1…N17 on {len(data)} of {len(np.asarray(x)):,} data of shape {data.shape[1:]}, T = {pair.num_timesteps}, "
         f"{num_draws:,} paths each, {jnp.result_type(float)}, log densities in nats"
     )
-    return Ledger(tuple(rows_by_tag[f"N{i}"] for i in range(1, 18)), title, failure_rate)
+    return Ledger(tuple(rows_by_tag[tag] for tag in sorted(_ORDER, key=_number)), title, failure_rate)
 
 
 def _reader_and_data(
@@ -127,6 +129,7 @@ def _reader_and_data(
     return None, drawn.pop(), x
 
 
+@one_at_a_time
 def typical_params(d: Diffusion, rng_key: Key) -> Params:
     """Initial params of a diffusion, the network's moved at random by a tenth of their size, so that none is zero."""
     return jittered(jax.jit(d.initial_params)(rng_key), ["network$params"], rng_key)

@@ -33,7 +33,7 @@ def mixture_parts(kernel: dist.Distribution, x: Array) -> Parts | None:
 
 
 def log_odds_of_product(kernel: dist.Distribution, x: Array) -> Float[Array, "N D"]:
-    """Of the bits of a product of Bernoullis; NaN of another distribution."""
+    """The log odds of each bit where the kernel is a product of Bernoullis, and NaN where it is none."""
     parts = mixture_parts(kernel, x)
     if parts is None or parts[0].shape[1] > 1:
         return jnp.full((len(x), x[0].size), jnp.nan)

@@ -29,7 +29,7 @@ class Estimate:
 
     @property
     def trusted(self) -> np.ndarray:
-        """(N,): for which data the mean of the draws is nearly normal, to all appearance; none, if not for most."""
+        """Whether each datum's mean of draws can be taken as normal, (N,); for no datum where the median k̂ is large."""
         if self.effective is None or self.pareto_k is None:
             return np.isfinite(self.log_p)
         light = (self.pareto_k < _TRUSTED_K) & (np.median(self.pareto_k) < _TRUSTED_K)
@@ -42,13 +42,13 @@ class Estimate:
 
     @property
     def bias(self) -> np.ndarray:
-        """Of log p, at most: half the relative variance of the mean, (N,)."""
+        """The most by which log p is low in the mean, half the relative variance of the mean of draws, (N,)."""
         if self.influence is None:
             return np.zeros_like(self.log_p)
         return self.influence.var(0) / (2 * len(self.influence))
 
     def variance(self, weights: Float[np.ndarray, " N"]) -> float:
-        """Of Σ_n weights_n·(estimate of p(x_n) over p(x_n)). The draws may be shared by the data."""
+        """The variance of Σ_n weights_n·(estimate of p(x_n) over p(x_n)), whose draws the data may share."""
         return 0.0 if self.influence is None else float((self.influence @ weights).var() / len(self.influence))
 
 

@@ -77,7 +77,7 @@ class Chain:
         return jax.vmap(one)(paths)
 
     def density_moments(self, path: Path) -> dict[int, tuple[Float[Array, "N D"], Float[Array, "N D D"]]]:
-        """The same, if each kernel is Gaussian, read off its log density."""
+        """Mean and covariance of each kernel, were it Gaussian, read off its log density on a path."""
         return {t: density_moments(kernel, path[t]) for t, kernel in self.kernels(path).items()}
 
     def log_probs_of(self, path: Path, argument: Event) -> dict[int, Float[Array, " N"]]:

@@ -58,7 +58,7 @@ def as_state(family: Family, x: Any) -> Event:
     """x as the chain keeps it. Raises `TypeError` or `ValueError` for entries that are not in the family's support."""
     if not family.support.is_discrete:
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-            raise TypeError(f"x_0 has dtype {jnp.result_type(x)}; a Gaussian diffusion wants floating-point data")
+            raise TypeError(f"x_0 has dtype {jnp.result_type(x)}; this diffusion wants floating-point data")
     elif not isinstance(x, jax.core.Tracer) and not np.all(family.support(np.asarray(x))):
         raise ValueError(f"x_0 has entries outside the support; {described(family.support)}")
     return jnp.asarray(x).astype(state_dtype(family))

@@ -16,6 +16,7 @@ import numpy as np
 from probdiff.files import atomic_write, check_space
 from probdiff.fitting.devices import from_first_process
 from probdiff.fitting.streams import Stream
+from probdiff.locks import one_at_a_time
 from probdiff.types import Data, Key
 
 _EARLIER = {"optimizer": None}  # what runs had before it could be chosen
@@ -38,6 +39,7 @@ def _raw(tree: Any) -> list[np.ndarray]:
     ]
 
 
+@one_at_a_time
 def program_digest(program: Callable[..., Any], *arguments: Any) -> str:
     """SHA-256 of what a function computes from arguments of these shapes: its jaxpr and the constants in it."""
     closed = jax.make_jaxpr(program)(*arguments)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from probdiff.chains import Diffusion, to_chain
-from probdiff.checks import check_key, check_varies, feature_names
+from probdiff.checks import check_key, check_varies, described, feature_names
 from probdiff.datasets.named import split
 from probdiff.fitting.loop import Objective, Settings, Times, train
 from probdiff.fitting.streams import Stream
@@ -67,7 +67,7 @@ def fit(
         if x.shape[1:] != d.event_shape:
             raise ValueError(f"x is a stream of shape {x.shape}; this diffusion has event_shape {d.event_shape}")
         if d.family.support.is_discrete:
-            raise TypeError("x is a stream, of floating-point numbers; this diffusion wants bits")
+            raise TypeError(f"x is a stream, of floating-point numbers; {described(d.family.support)}")
         features = x.columns
     else:
         features = feature_names(x, "x")

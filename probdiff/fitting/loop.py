@@ -27,6 +27,7 @@ from probdiff.fitting.checkpoints import Checkpoints, configuration, program_dig
 from probdiff.fitting.streams import Stream
 from probdiff.fitting.times import time_probs
 from probdiff.likelihood.elbo import elbo
+from probdiff.locks import one_at_a_time
 from probdiff.sampling import one_fit
 from probdiff.schedules import Schedule
 from probdiff.types import Data, Key, Params
@@ -108,6 +109,7 @@ class Trained:
     validation: np.ndarray
 
 
+@one_at_a_time
 def make_svi(d: Diffusion, settings: Settings) -> SVI:
     """NumPyro's `SVI` of the objective, its loss the negative ELBO per datum of a batch."""
     reverse = partial(d.reverse, stacked=True, dropout=settings.dropout)
@@ -156,6 +158,7 @@ def _has_params(schedule: Schedule) -> bool:
     return any(site["type"] == "param" for site in handlers.trace(schedule).get_trace().values())
 
 
+@one_at_a_time
 @partial(jax.jit, static_argnums=(0, 1))
 def start_state(d: Diffusion, settings: Settings, rng_keys: Key) -> tuple[Any, Params]:
     """The state of SVI before the first step, with a leading axis of C fits, and its params."""
@@ -166,6 +169,7 @@ def start_state(d: Diffusion, settings: Settings, rng_keys: Key) -> tuple[Any, P
     return state._replace(optim_state=strong), svi.get_params(state)
 
 
+@one_at_a_time
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def run_steps(
     d: Diffusion,

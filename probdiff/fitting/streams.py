@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from probdiff.checks import check_data
+from probdiff.checks import check_count, check_data
 from probdiff.datasets.tables import frame_numbers
 
 _BUFFER_BYTES = 2**28
@@ -103,8 +103,8 @@ def stream(path: str | Path, columns: Sequence[str] | None = None, block_rows: i
     path = Path(path)
     if path.suffix not in (".npy", ".parquet") or not path.exists():
         raise ValueError(f"{path} is no .npy or .parquet file that exists; those can be read by the block")
-    if block_rows is not None and block_rows < 1:
-        raise ValueError(f"block_rows is {block_rows}; it must be at least 1")
+    if block_rows is not None:
+        check_count(block_rows, "block_rows", 1)
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)

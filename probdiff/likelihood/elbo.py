@@ -16,6 +16,7 @@ from probdiff.blocks import block_size, in_blocks
 from probdiff.chains import Diffusion
 from probdiff.families.base import expected_log_ratio
 from probdiff.likelihood.result import LogLikelihood
+from probdiff.locks import one_at_a_time
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Data, Event, Key, Params, Time
 
@@ -57,6 +58,7 @@ def elbo_term(
     return jnp.where(t == 1, p.log_prob(x_0), -ratio)
 
 
+@one_at_a_time
 @partial(jax.jit, static_argnums=0)
 def _parts(d: Diffusion, params: Params, x_0: Event, rng_key: Key) -> tuple[Array, Array]:
     """KL of the terminal (N,), and the terms t = 1…T, (T, N): log p(x_0 given x_1), then the KLs."""

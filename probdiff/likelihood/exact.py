@@ -10,6 +10,7 @@ from numpyro import handlers
 
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.likelihood.result import LogLikelihood
+from probdiff.locks import one_at_a_time
 from probdiff.reference.linear_gaussian import LinearChain, normal_log_prob
 from probdiff.reference.quadrature import MOST_BITS, coarser_parts, line, log_marginal_below, num_nodes, states
 from probdiff.sampling import reverse_draws
@@ -22,6 +23,7 @@ _MOST_NODES = 5001
 _ROWS = 2048  # of data at once
 
 
+@one_at_a_time
 def exact(d: Diffusion, params: Params, x_0: Data) -> LogLikelihood:
     """log p(x_0), N12, worked out in float64: Monte Carlo error zero.
 

@@ -12,6 +12,7 @@ from numpyro import handlers
 from probdiff.blocks import block_size, in_blocks
 from probdiff.chains import Diffusion, GaussianDiffusion
 from probdiff.likelihood.result import LogLikelihood, log_mean
+from probdiff.locks import one_at_a_time
 from probdiff.types import Data, Event, Key, Params
 
 _ROWS = 64
@@ -44,6 +45,7 @@ def ode(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_draws: int
     return LogLikelihood(values, mcse, "estimate" if exact else "lower bound")
 
 
+@one_at_a_time
 @partial(jax.jit, static_argnums=0)
 def _log_draws(d: GaussianDiffusion, params: Params, x_0: Data, rng_keys: Key) -> Float[Array, "S N"]:
     """log p(x_0 given x_1) + log p_flow(x_1) − log q(x_1 given x_0) at draws of x_1, for each datum."""

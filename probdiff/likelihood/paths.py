@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import arviz  # noqa: F401  # gives xarray its azstats
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +15,14 @@ from scipy.special import logsumexp
 from probdiff.blocks import block_size, in_blocks
 from probdiff.chains import Diffusion
 from probdiff.likelihood.result import LogLikelihood, log_mean
+from probdiff.locks import one_at_a_time
 from probdiff.psis import k_of_draws
 from probdiff.types import Data, Event, Key, Params
 
 _ROWS = 256  # triangular solves over more rows at once are many times slower on a CPU
 
 
+@one_at_a_time
 @partial(jax.jit, static_argnums=0)
 def _log_weights(d: Diffusion, params: Params, x_0: Data, rng_keys: Key) -> Float[Array, "S N"]:
     def one(rng_key: Key) -> Float[Array, " N"]:
@@ -40,6 +41,7 @@ def _sum_over_sites(log_probs: dict[str, Array]) -> Any:
     return sum(log_prob if log_prob.ndim == 1 else log_prob.sum(0) for log_prob in log_probs.values())
 
 
+@one_at_a_time
 @partial(jax.jit, static_argnums=0)
 def _log_weights_of_paths(d: Diffusion, params: Params, paths: Float[Array, "N T+1 *event"]) -> Float[Array, " N"]:
     """log p(x_0…x_T) − log q(x_1…x_T given x_0) of given paths, as N13 and N5 have it."""

@@ -16,8 +16,9 @@ Kind = Literal["lower bound", "upper bound", "estimate", "exact"]
 class LogLikelihood:
     """A log-likelihood per datum in nats, in the data's own units.
 
-    `values` (N,) or (C, N); `mcse` is the Monte Carlo standard error of `mean` given the data, and
-    `standard_error` that of `mean` as an estimate for the population that the data come from: floats, or (C,).
+    `values` (N,) or (C, N), and `values_mcse` the Monte Carlo standard error of each. `mcse` is the Monte Carlo
+    standard error of `mean` given the data, and `standard_error` that of `mean` as an estimate for the population that
+    the data come from: floats, or (C,).
     `kind` is "lower bound", "upper bound", "estimate" or "exact": for a bound, of the mean over the method's own draws.
     `pareto_k` is k̂ of each datum's importance weights, where the method has such weights.
     """

@@ -1,9 +1,7 @@
 """p(x_0) by twisted particle filters along the chain."""
 
-from collections.abc import Callable
 from functools import partial
 
-import arviz  # noqa: F401  # gives xarray its azstats
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +16,11 @@ from probdiff.likelihood.paths import log_weight_blocks
 from probdiff.likelihood.resampling import resample
 from probdiff.likelihood.result import LogLikelihood, log_mean
 from probdiff.likelihood.twists import FULL, Twist, fit_twists, tilted
+from probdiff.locks import one_at_a_time
+from probdiff.noncentred import Kernel
 from probdiff.types import Data, Event, Key, Params, Time
 
 _ROWS = 256  # triangular solves over more rows at once are many times slower on a CPU
-type Kernel = Callable[[Event, Time], dist.Distribution]
 
 
 def smc(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles: int, num_draws: int) -> LogLikelihood:
@@ -63,6 +62,7 @@ def smc(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles:
     return LogLikelihood(values, mcse, "estimate")
 
 
+@one_at_a_time
 @partial(jax.jit, static_argnums=(0, 4, 5))
 def _filters(
     d: Diffusion, params: Params, x_0: Data, rng_keys: Key, num_particles: int, num_draws: int

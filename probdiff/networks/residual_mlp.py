@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from probdiff.checks import check_count
 from probdiff.types import Key
 
 
 class Recipe(Protocol):
+    """What builds a network for an event shape, with as many outputs as a family asks for."""
+
     def build(self, rng_key: Key, event_shape: tuple[int, ...], num_outputs: int) -> eqx.Module: ...
 
 
@@ -87,9 +90,7 @@ class ResidualMLP:
 
     def __post_init__(self) -> None:
         for name in ("width", "depth"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+            check_count(getattr(self, name), name, 1)
         if isinstance(self.num_features, bool) or self.num_features not in range(2, 1 << 20, 2):
             raise ValueError(f"num_features is {self.num_features!r}; it must be an even integer of at least 2")
         if not 0 <= self.dropout < 1:

@@ -13,6 +13,7 @@ from numpyro.infer import Predictive
 
 from probdiff.chains import GaussianDiffusion
 from probdiff.likelihood.resampling import normalised, resample, systematic
+from probdiff.locks import one_at_a_time
 from probdiff.posterior.guidance import DEFENSIVE, GuidedLikelihood, solve_lower
 from probdiff.types import Key, Params
 
@@ -47,6 +48,7 @@ class _State(NamedTuple):
     log_psi: Float[Array, " S"]
 
 
+@one_at_a_time
 @partial(jax.jit, static_argnums=0)
 def spread(d: GaussianDiffusion, params: Params, rng_key: Key) -> Float[Array, "T D D"]:
     """Cholesky factors of E Cov(x_0 given x_t) under p at t = 1…T, from draws of p."""
@@ -64,6 +66,7 @@ def spread(d: GaussianDiffusion, params: Params, rng_key: Key) -> Float[Array, "
     return jax.lax.map(cholesky, (x, jnp.arange(1, d.num_timesteps + 1)))
 
 
+@one_at_a_time
 @partial(jax.jit, static_argnums=(0, 5))
 def filters(
     d: GaussianDiffusion,

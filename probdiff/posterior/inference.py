@@ -9,19 +9,18 @@ import arviz as az
 import jax
 import numpy as np
 import xarray as xr
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from probdiff.blocks import padded_blocks
 from probdiff.chains import GaussianDiffusion
 from probdiff.checks import check_count, check_key, some
 from probdiff.likelihood.result import LogLikelihood, log_mean
 from probdiff.posterior.filters import Filtered, filters, spread
-from probdiff.posterior.observations import BlackBox, Likelihood, LinearGaussian, Missing, prepare
+from probdiff.posterior.observations import Likelihood, Missing, prepare
 from probdiff.psis import k_threshold, pareto_k
 from probdiff.results import Fit
 from probdiff.types import Key
-
-__all__ = ["BlackBox", "LinearGaussian", "Missing", "log_conditional", "log_evidence", "sample"]
 
 _MOST_NUMBERS = 2**25  # in the largest array of one compiled call
 _LEAST_PARTICLES = 10  # effective, at the worst step

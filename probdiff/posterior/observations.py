@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from probdiff.checks import frame_values, some
 from probdiff.posterior.guidance import GuidedBlackBox, GuidedLikelihood, GuidedLinearGaussian, GuidedSmooth

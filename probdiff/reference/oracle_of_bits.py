@@ -14,7 +14,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.special import rel_entr, softmax, xlog1py, xlogy
 
-from probdiff.checks import check_bits
+from probdiff.checks import check_bits, check_count
 
 
 def best_terms(
@@ -22,7 +22,7 @@ def best_terms(
 ) -> tuple[Float[np.ndarray, " T+1"], Float[np.ndarray, " T+1"]]:
     """The terms of −K* where x_0 is any of `sequences` (M, D) alike, and their standard errors; (T+1,) each, nats.
 
-    The first term is that of the prior, in closed form, the others are those of t = 1…T, each from `num_draws` draws of
+    The first term is that of x_T, in closed form, the others are those of t = 1…T, each from `num_draws` draws of
     x_t. `beta` (T,). Raises `ValueError` or `TypeError` for sequences that are no bits, for a β_t outside (0, 1], a
     base_rate outside (0, 1) and fewer than two draws.
     """
@@ -33,13 +33,12 @@ def best_terms(
         raise ValueError(f"beta is {beta}; it must have shape (T,) and numbers above 0, at most 1")
     if not 0 < base_rate < 1:
         raise ValueError(f"base_rate is {base_rate}; it must be between 0 and 1")
-    if num_draws < 2:
-        raise ValueError(f"num_draws is {num_draws}; it must be at least 2")
+    check_count(num_draws, "num_draws", 2)
     rng, alpha_bar = np.random.default_rng(seed), np.cumprod(np.append(1.0, 1 - beta))
     rates = x_0 * alpha_bar[:, None, None] + base_rate * (1 - alpha_bar[:, None, None])  # (T+1, M, D), of x_t given m
     last = rates[-1]
-    prior = rel_entr(last, base_rate) + rel_entr(1 - last, 1 - base_rate)
-    terms, errors = [prior.sum(-1).mean()], [0.0]
+    terminal = rel_entr(last, base_rate) + rel_entr(1 - last, 1 - base_rate)
+    terms, errors = [terminal.sum(-1).mean()], [0.0]
     for t in range(1, len(beta) + 1):
         x_t = (rng.uniform(size=(num_draws, x_0.shape[1])) < rates[t, rng.integers(0, len(x_0), num_draws)])[:, None]
         share = softmax((xlogy(x_t, rates[t]) + xlog1py(1 - x_t, -rates[t])).sum(-1), axis=1)  # (S, M)

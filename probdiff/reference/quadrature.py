@@ -39,7 +39,7 @@ class Grid:
     """
 
     y: Float[np.ndarray, "M *D"]
-    log_prior: Float[np.ndarray, " M"]
+    log_terminal: Float[np.ndarray, " M"]
     log_kernels: Float[np.ndarray, "T M M"]
     log_reconstruction: Float[np.ndarray, "N M"]
 
@@ -58,7 +58,7 @@ class Grid:
     @cached_property
     def log_marginals(self) -> list[Float[np.ndarray, " M"]]:
         """log p(x_t) on the nodes, for t = 0…T."""
-        log_p = [self.log_prior]
+        log_p = [self.log_terminal]
         for log_kernel in self.log_kernels[::-1]:
             log_p.append(log_marginal_below(log_kernel, log_p[-1], self.log_h))
         return log_p[::-1]
@@ -74,7 +74,7 @@ class Grid:
         return float(np.exp(logsumexp(self.log_marginals[0]) + self.log_h))
 
     def largest_gap(self, x: Float[np.ndarray, "S D"]) -> float:
-        """Between the distribution functions of draws of x_0 and of p(x_0), states in the order of `y`."""
+        """The largest gap between the distribution functions of draws and of p(x_0), states in the order of `y`."""
         if not self.of_states:
             return float(stats.kstest(x[:, 0], self.cdf).statistic)
         counts = np.bincount(state_number(x), minlength=len(self.y))
@@ -90,7 +90,7 @@ class Grid:
         if self.of_states:
             return []
         return [
-            Grid(self.y[k], self.log_prior[k], self.log_kernels[:, k, k], self.log_reconstruction[:, k])
+            Grid(self.y[k], self.log_terminal[k], self.log_kernels[:, k, k], self.log_reconstruction[:, k])
             for k in coarser_parts(len(self.y))
         ]
 
@@ -115,7 +115,7 @@ class Grid:
             bayes = bayes - logsumexp(bayes, axis=0) - self.log_h
             gap += np.sum(step * (log_step - bayes), 0) @ q_prev * h**2
             log_q_t = np.log(np.maximum(step @ q_prev * h, 1e-300))
-        return elbo + self.log_prior @ np.exp(log_q_t) * h, gap
+        return elbo + self.log_terminal @ np.exp(log_q_t) * h, gap
 
 
 def log_marginal_below(
