@@ -22,8 +22,8 @@ def check_key(rng_key: Key | None) -> Key:
         and rng_key.shape == ()
     ):
         return rng_key
-    if rng_key is not None and dtype == jnp.uint32 and rng_key.shape == (2,):
-        return jax.random.wrap_key_data(rng_key)
+    if rng_key is not None and dtype == jnp.uint32 and rng_key.shape in ((2,), (4,)):
+        return jax.random.wrap_key_data(rng_key, impl="threefry2x32" if rng_key.shape == (2,) else "rbg")
     raise TypeError(f"rng_key is {rng_key!r}; it must be one key, such as jax.random.key(0)")
 
 
@@ -137,6 +137,12 @@ def check_support(
     A data frame's columns are put in the order of `features`, by name. Raises as `check_data` and `frame_values`.
     As float64 where the support is continuous, else as integers, whatever dtype they came in.
     """
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"{name} is traced by JAX, as by jit or grad, and what a fit says of data is computed outside of them. The "
+            "programs can be traced, by NumPyro: log_density(d.reverse, (x_0,), {'stacked': True}, {**params, "
+            "'x': path}) of numpyro.infer.util, or Trace_ELBO().loss(rng_key, params, d.reverse, d.forward, x_0)"
+        )
     features = feature_names(x, name) if features is None else features
     x = frame_values(x, name, features)
     if not support.is_discrete:

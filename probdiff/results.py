@@ -24,7 +24,7 @@ from probdiff.likelihood.flow import ode
 from probdiff.likelihood.paths import iwae, upper
 from probdiff.likelihood.result import LogLikelihood
 from probdiff.likelihood.smc import smc
-from probdiff.sampling import noise_levels, one_fit, reverse_draws
+from probdiff.sampling import in_precision, noise_levels, one_fit, reverse_draws
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Event, Key, Params
 
@@ -56,7 +56,7 @@ class Fit:
     @property
     def params(self) -> Params:
         """The constrained NumPyro params: "beta" (T,) where β_t is free, "network$params", and a schedule's own."""
-        return jax.tree.map(self._squeeze, self.stacked_params)
+        return jax.tree.map(self._squeeze, in_precision(self.stacked_params))
 
     @property
     def losses(self) -> np.ndarray:

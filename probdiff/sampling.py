@@ -51,8 +51,20 @@ def forward_draws(d: Diffusion, params: Params, x_0: Data, rng_key: Key, times: 
 
 
 def one_fit(stacked_params: Params, c: int) -> Params:
-    """The params of one of several fits."""
-    return jax.tree.map(lambda leaf: leaf[c], stacked_params)
+    """The params of one of several fits, in the precision that JAX has now."""
+    return in_precision(jax.tree.map(lambda leaf: leaf[c], stacked_params))
+
+
+def in_precision(params: Params) -> Params:
+    """The params in the precision that JAX has now, whichever they were fitted in."""
+    wanted = jnp.result_type(float)
+
+    def cast(leaf: Array) -> Array:
+        if leaf.dtype in (np.float32, np.float64) and leaf.dtype != wanted:
+            return jnp.asarray(np.asarray(leaf), wanted)
+        return leaf
+
+    return jax.tree.map(cast, params)
 
 
 @one_at_a_time

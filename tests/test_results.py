@@ -5,13 +5,15 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas as pd
 import pytest
 import scipy.stats
 from helpers.diffusions import fit_of, light_diffusion, mlp_diffusion
+from numpyro.infer.util import log_density
 
 import probdiff
-from probdiff import Fit, datasets, schedules
+from probdiff import Fit, GaussianDiffusion, datasets, networks, posterior, schedules
 
 KEY = jax.random.key(0)
 LOC, SCALE = np.array([100.0, -3.0]), np.array([20.0, 0.01])
@@ -33,6 +35,7 @@ def fitted(x):
 
 
 NAMES = ["age", "mmol"]
+METHODS = ["elbo", "iwae", "smc", "ode", "upper", "exact"]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,63 @@ def test_a_second_evaluation_with_new_data_compiles_nothing(single, x, caplog):
         evaluate(1, 120)
         evaluate(2, 100)  # padded to the same size
         assert compilations() == 0
+
+
+def test_a_fit_starts_from_another(single, x):
+    """In its units, from its params: a step of no length leaves it as it is."""
+    start = small(init=single, optimizer=optax.sgd(0.0), num_steps=10, check_every=10)
+    frame = pd.DataFrame(x + 1.0, columns=NAMES)[NAMES[::-1]]
+    same = start(frame)
+    np.testing.assert_array_equal(same.loc, single.loc)
+    assert same.features == single.features
+    for leaf, wanted in zip(jax.tree.leaves(same.params), jax.tree.leaves(single.params), strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-5, atol=1e-6)
+    assert small(init=single)(x).losses[:50].mean() < single.losses[:50].mean() - 0.02  # on the same batches
+    with pytest.raises(ValueError, match="init is a fit of another diffusion"):
+        small(mlp_diffusion(width=9), init=single)(x)
+    with pytest.raises(ValueError, match="init is a fit of another diffusion"):
+        small(mlp_diffusion("diagonal"), init=single)(x)
+    with pytest.raises(TypeError, match="init is 3; it must be a fit"):
+        small(init=3)(x)
+    several = replace(single, stacked_losses=np.repeat(single.stacked_losses, 2, axis=0))
+    with pytest.raises(ValueError, match="init has 2 chains; num_chains is 3"):
+        small(init=several, num_chains=3)(x)
+
+
+def test_a_fit_is_used_in_another_precision():
+    """One made in single precision, in double precision, and the other way round."""
+    x = np.random.default_rng(0).normal(size=(4, 2))
+    schedule = schedules.linear(2)
+    found = {}
+    for made in (False, True):
+        with jax.enable_x64(made):
+            d = GaussianDiffusion((2,), schedule, networks.ResidualMLP(4, 1), "full")
+            fit = fit_of(d, jax.jit(d.initial_params)(KEY))
+        for used in (False, True):
+            with jax.enable_x64(used):
+                paths = fit.sample(KEY, 4, paths=True)
+                found[made, used] = [
+                    fit.log_likelihood(paths if name == "upper" else x, rng_key=KEY, method=name, num_particles=50).mean
+                    for name in METHODS
+                ]
+                seen = posterior.Missing(np.array([[0.3, np.nan]]))
+                dt = posterior.sample(fit, seen, rng_key=KEY, num_particles=50, num_filters=2)
+                assert np.isfinite(dt["posterior"]["x_0"]).all()
+                fit.to_datatree(x, rng_key=KEY, num_draws=25)
+    for used in (False, True):
+        np.testing.assert_allclose(found[True, used], found[False, used], atol=1e-4)
+
+
+def test_what_is_traced_is_refused_and_the_programs_can_be(single, x):
+    with pytest.raises(TypeError, match=r"x is traced by JAX.*log_density\(d\.reverse, \(x_0,\), \{'stacked': True\}"):
+        jax.grad(lambda x: single.log_likelihood(x, rng_key=KEY).mean)(x[:3])
+    path = single.sample(KEY, 1, paths=True)[0].astype(np.float32)
+
+    def log_p(x_0):
+        values = {**single.params, "x": jnp.asarray(path[:0:-1])}
+        return log_density(single.diffusion.reverse, (x_0,), {"stacked": True}, values)[0]
+
+    assert np.isfinite(jax.jit(jax.grad(log_p))(path[0])).all()
 
 
 def test_even_times_are_another_fit(single, x):

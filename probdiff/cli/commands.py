@@ -36,7 +36,7 @@ _PROCESSES = "processes that share the fit, started here; 0: this is one of thos
 def fit(
     data: Annotated[str, typer.Argument(help=_DATA)] = "swiss-roll",
     out: Annotated[Path | None, typer.Option(help="run folder [default: runs/DATA]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in the folder stopped")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where the run stopped, or for more steps")] = False,
     columns: Annotated[str | None, typer.Option(help="columns of a file to use, separated by commas")] = None,
     dequantise: Annotated[bool, typer.Option("--dequantise", help="add uniform noise to integer data")] = False,
     binary: Annotated[bool, typer.Option("--binary", help="the file holds bits, 0 or 1")] = False,

@@ -44,7 +44,7 @@ class Run:
         return cls(folder, options)
 
     def check_free(self, resume: bool) -> None:
-        """That the folder holds no finished run, or with `resume` one of these options."""
+        """That the folder holds no finished run, or with `resume` one of these options, or of fewer steps."""
         if not (self.folder / "run.json").exists():
             return  # an unfinished run is told apart by its checkpoints
         if not resume:
@@ -53,7 +53,7 @@ class Run:
             )
         held = Run.open(self.folder).options
         for name, value in self.options.items():
-            if held.get(name) != value:
+            if held.get(name) != value and not (name == "num_steps" and held[name] < value):
                 option = "DATA" if name == "data" else "--" + name.replace("_", "-")
                 raise ValueError(
                     f"{self.folder} holds a run of another configuration: "

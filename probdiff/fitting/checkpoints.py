@@ -83,6 +83,7 @@ def configuration(
     # of a file its units, the mean and the standard deviation, stand for the rows
     whole = [x.shape, x.starts, *units] if isinstance(x, Stream) else [x, *units]
     return {
+        "precision": str(jnp.result_type(float)),
         **settings,
         "diffusion": description(d),
         "x": _digest(whole),
@@ -117,19 +118,19 @@ class Checkpoints:
 
         directory = directory.absolute()
         described = directory / "configuration.json"
+        held, goes_on = None, False
         if described.exists():
             if not resume:
                 raise FileExistsError(f"{directory} already holds a run: resume it, or choose another folder")
-            other = _difference(_EARLIER | json.loads(described.read_text()), json.loads(json.dumps(configuration)))
+            held, wanted = _EARLIER | json.loads(described.read_text()), json.loads(json.dumps(configuration))
+            goes_on = held.get("num_steps", 0) < wanted.get("num_steps", 0)
+            other = _difference(held, wanted | {"num_steps": held.get("num_steps")} if goes_on else wanted)
             if other is not None:
                 name, its, mine = other
                 raise ValueError(
                     f"{directory} holds a run of another configuration: its {name} is {_short(its)}, "
                     f"this one's is {_short(mine)}"
                 )
-        else:
-            with atomic_write(described) as file:
-                file.write_text(json.dumps(configuration, indent=1))
         self._ocp = ocp
         self._directory = directory
         (directory / "steps").mkdir(exist_ok=True)
@@ -143,6 +144,13 @@ class Checkpoints:
                 multiprocessing_options=ocp.options.MultiprocessingOptions(0, {0}, "probdiff"),
             ),
         )
+        if held is not None and goes_on:  # not from the end of a stretch that was cut short
+            for check in self._manager.all_steps():
+                if check > held["num_steps"] // held["check_every"]:
+                    self._manager.delete(check)
+        if held is None or goes_on:
+            with atomic_write(described) as file:
+                file.write_text(json.dumps(configuration, indent=1))
 
     def _save(self, check: int, tree: Any) -> None:
         leaves = {f"{i:04}": leaf for i, leaf in enumerate(_raw(tree))}
@@ -198,12 +206,17 @@ def _difference(held: dict[str, Any], mine: dict[str, Any]) -> tuple[str, Any, A
 def _fill(template: Any, leaves: list[np.ndarray]) -> Any:
     old, treedef = jax.tree.flatten(template)
     new = [
-        jax.random.wrap_key_data(jnp.asarray(leaf))
+        jax.random.wrap_key_data(jnp.asarray(leaf), impl=jax.random.key_impl(was))
         if jax.dtypes.issubdtype(was.dtype, jax.dtypes.prng_key)
-        else (np.array(leaf) if isinstance(was, np.ndarray) else jnp.asarray(leaf))
+        else (_prefixed(was, leaf) if isinstance(was, np.ndarray) else jnp.asarray(leaf))
         for was, leaf in zip(old, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, new)
+
+
+def _prefixed(was: np.ndarray, leaf: np.ndarray) -> np.ndarray:
+    """`was`, which may be longer in its last axis, with `leaf` at the front."""
+    return np.concatenate([leaf, was[..., leaf.shape[-1] :]], axis=-1)
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
@@ -16,7 +17,8 @@ from probdiff.datasets.named import split
 from probdiff.fitting.loop import Objective, Settings, Times, train
 from probdiff.fitting.streams import Stream
 from probdiff.results import Fit
-from probdiff.types import Key
+from probdiff.sampling import in_precision, one_fit
+from probdiff.types import Key, Params
 
 _ROWS_PER_FEATURE = 100  # fewer are few
 _HELD_OUT = 0.15
@@ -39,6 +41,7 @@ def fit(
     validation: ArrayLike | float | None = None,
     patience: int | None = None,
     dropout: bool | None = None,
+    init: Fit | None = None,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     progress_bar: bool = True,
@@ -57,12 +60,17 @@ def fit(
     `gradient_clip`, 1, and Adam's steps fall from `learning_rate`, 2e-3, to zero; `optimizer`, such as
     `optax.adamw(1e-3)` or an optimiser of NumPyro, takes the place of both.
 
+    `init` is a fit of the same diffusion to start from, of one chain or of `num_chains`, whose units are kept, so that
+    the start is that fit itself: to go on for longer, with other options, or on other data.
+
     A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
     network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
     elsewhere none of the three. Below 10 rows, and of a stream, none are held out. `check_every` is 100 steps with
     validation data and 500 without. See `Settings` for the rest and `train` for checkpoints.
     Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
     """
+    if not isinstance(init, Fit | None):
+        raise TypeError(f"init is {init!r}; it must be a fit, or None")
     if isinstance(x, Stream):
         if x.shape[1:] != d.event_shape:
             raise ValueError(f"x is a stream of shape {x.shape}; this diffusion has event_shape {d.event_shape}")
@@ -70,8 +78,8 @@ def fit(
             raise TypeError(f"x is a stream, of floating-point numbers; {described(d.family.support)}")
         features = x.columns
     else:
-        features = feature_names(x, "x")
-        x = d.checked(x, "x", minimum=2)
+        features = feature_names(x, "x") if init is None or init.features is None else init.features
+        x = d.checked(x, "x", minimum=2, features=features)
     num_rows = x.shape[0]
     if batch_size is not None and batch_size > num_rows:
         raise ValueError(f"batch_size is {batch_size}; x has {num_rows} rows")
@@ -81,10 +89,10 @@ def fit(
         validation = _HELD_OUT
     data: np.ndarray | Stream
     if isinstance(x, Stream):
-        loc, scale = x.moments()
+        loc, scale = x.moments() if init is None else (init.loc, init.scale)
         data, held_out = x.standardised(loc, scale), _held_out_of_stream(d, x, validation, features)
     else:
-        loc, scale = units(d, x, features)
+        loc, scale = units(d, x, features) if init is None else (init.loc, init.scale)
         kept, held_out = _hold_out(d, x, validation, rng_key, features)
         data = to_chain(d, kept, loc, scale)
     patience = 20 if few and held_out is not None and patience is None else patience
@@ -109,6 +117,7 @@ def fit(
         settings,
         rng_key=rng_key,
         units=(loc, scale),
+        init=None if init is None else _start_of(init, d, num_chains),
         validation=None if held_out is None else to_chain(d, held_out, loc, scale),
         checkpoint_dir=checkpoint_dir,
         resume=resume,
@@ -117,6 +126,21 @@ def fit(
     )
     log_det = float(np.log(scale).sum())
     return Fit(d, trained.params, trained.losses + log_det, trained.validation - log_det, loc, scale, features)
+
+
+def _start_of(init: Fit, d: Diffusion, num_chains: int) -> Params:
+    """The params of a fit, with a leading axis of `num_chains`. Raises `ValueError` where d has others."""
+    if init.num_chains not in (1, num_chains):
+        raise ValueError(f"init has {init.num_chains} chains; num_chains is {num_chains}: choose one by init.chain(c)")
+    mine = jax.eval_shape(d.initial_params, jax.random.key(0))
+    if init.diffusion.family != d.family or _layout(one_fit(init.stacked_params, 0)) != _layout(mine):
+        raise ValueError("init is a fit of another diffusion: its family, or the names or shapes of its params, differ")
+    copies = num_chains // init.num_chains
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), in_precision(init.stacked_params))
+
+
+def _layout(params: Params) -> list[tuple[str, tuple[int, ...]]]:
+    return [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def _held_out_of_stream(

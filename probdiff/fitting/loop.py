@@ -160,10 +160,10 @@ def _has_params(schedule: Schedule) -> bool:
 
 @one_at_a_time
 @partial(jax.jit, static_argnums=(0, 1))
-def start_state(d: Diffusion, settings: Settings, rng_keys: Key) -> tuple[Any, Params]:
-    """The state of SVI before the first step, with a leading axis of C fits, and its params."""
+def start_state(d: Diffusion, settings: Settings, rng_keys: Key, init: Params | None = None) -> tuple[Any, Params]:
+    """The state of SVI before the first step, with a leading axis of C fits, and its params: those of `init` if any."""
     svi, x = make_svi(d, settings), jnp.zeros((settings.batch_size, *d.event_shape))
-    state = jax.vmap(lambda key: svi.init(key, x))(rng_keys)
+    state = jax.vmap(lambda key, params: svi.init(key, x, init_params=params))(rng_keys, init)
     # without weak types, which arrays of a checkpoint do not have: else a resumed fit would compile its steps anew
     strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state.optim_state)
     return state._replace(optim_state=strong), svi.get_params(state)
@@ -223,6 +223,7 @@ def train(
     *,
     rng_key: Key,
     units: tuple[Any, Any] = (0.0, 1.0),
+    init: Params | None = None,
     validation: Data | None = None,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
@@ -235,7 +236,10 @@ def train(
     The rows of each batch are drawn on the device, with replacement; those of a `Stream` from one buffer after the
     other, a new one after every check. With `validation` data, what is checked is a moving average of the params over
     the last hundred steps or so, and each fit keeps that of its best check. With `checkpoint_dir`, `resume=True` goes
-    on from the newest whole checkpoint and ends with the same bits as a run that never stopped, on the same devices.
+    on from the newest whole checkpoint and ends with the same bits as a run that never stopped, on the same devices. It
+    may have more steps than the run had: then it goes on from the last whole stretch of `check_every` steps, with the
+    learning rate of the new number of steps, which is larger there than it was at the end of the old one.
+    `init` are params to start from, with a leading axis of C fits.
     Among several devices fits and batches are shared out as `devices.choose_mesh` says.
     Raises `FloatingPointError` where the loss stops being finite; `FileExistsError` where `checkpoint_dir` holds
     a run and `resume` is false; `ValueError` where it holds a run of another configuration, and where several processes
@@ -247,7 +251,7 @@ def train(
     svi = make_svi(d, settings)  # which refuses what cannot be fitted, before anything is compiled
     init_key, batch_key, validation_key = jax.random.split(rng_key, 3)
     batch_keys = jax.random.split(batch_key, settings.num_chains)
-    state, params = start_state(d, settings, jax.random.split(init_key, settings.num_chains))
+    state, params = start_state(d, settings, jax.random.split(init_key, settings.num_chains), init)
     num_checks = math.ceil(settings.num_steps / settings.check_every)
     progress = {
         "state": state,

@@ -113,7 +113,8 @@ def upper(
         values = logsumexp(log_w, axis=0) - np.log(S)
         w = np.exp(log_w - values)
         posterior = w / w.sum(0)
-        spread = np.sum(posterior * w**2, 0) - np.sum(posterior * w, 0) ** 2  # of the first weight
+        # of the first weight; equal weights leave rounding of either sign
+        spread = np.maximum(np.sum(posterior * w**2, 0) - np.sum(posterior * w, 0) ** 2, 0.0)
         blocks.append((values, np.sqrt(spread + (S - 1) * w[1:].var(0, ddof=1)) / S, k_of_draws(others)))
     values, mcse, k = (np.concatenate(part) for part in zip(*blocks, strict=True))
     return LogLikelihood(values, mcse, "upper bound", k)

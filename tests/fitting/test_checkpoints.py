@@ -22,6 +22,8 @@ from probdiff import BinomialDiffusion, GaussianDiffusion, networks, schedules
 from probdiff.fitting import loop as training
 from probdiff.fitting.checkpoints import configuration, description
 
+OWN = optax.adamw(1e-3)
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -52,6 +54,33 @@ def test_a_run_with_validation_and_dropout_goes_on_with_the_same_bits(tmp_path):
     assert training.run_steps._cache_size() == compiled
     assert same(resumed, uninterrupted)
     np.testing.assert_array_equal(resumed.validation, uninterrupted.validation)
+
+
+@pytest.mark.parametrize("first", [20, 25])
+def test_a_finished_run_goes_on_for_more_steps(tmp_path, first):
+    """From the last whole stretch, with the learning rate of the longer run; an optimizer of one's own knows no end."""
+    options = {"batch_size": 16, "check_every": 10, "optimizer": OWN}
+    d = light_diffusion()
+    short = train(training.Settings(num_steps=first, **options), d, validation=X[:20], checkpoint_dir=tmp_path)
+    settings = training.Settings(num_steps=40, **options)
+    longer = train(settings, d, validation=X[:20], checkpoint_dir=tmp_path, resume=True)
+    assert same(longer, train(settings, d, validation=X[:20]))
+    np.testing.assert_array_equal(short.losses, longer.losses[:, :first])
+    assert same(longer, train(settings, d, validation=X[:20], checkpoint_dir=tmp_path, resume=True))
+    with pytest.raises(ValueError, match="its num_steps is 40, this one's is 30"):
+        train(training.Settings(num_steps=30, **options), d, validation=X[:20], checkpoint_dir=tmp_path, resume=True)
+
+
+def test_keys_of_another_kind_go_on(tmp_path):
+    key, d = jax.random.key(0, impl="rbg"), light_diffusion()
+    settings = training.Settings(num_steps=20, batch_size=16, check_every=10)
+    options = {"rng_key": key, "progress_bar": False, "checkpoint_dir": tmp_path}
+    with stopped_after(1):
+        training.train(d, X, settings, **options)
+    resumed = training.train(d, X, settings, **options, resume=True)
+    assert same(resumed, training.train(d, X, settings, rng_key=key, progress_bar=False))
+    with jax.enable_x64(True), pytest.raises(ValueError, match="its precision is float32, this one's is float64"):
+        training.train(d, X.astype(float), settings, **options, resume=True)
 
 
 def test_a_finished_run_resumes_at_once(whole, folder):
@@ -187,9 +216,7 @@ def test_what_an_earlier_version_did_not_write_is_not_compared(folder, whole):
     del held["times"], held["optimizer"]
     file.write_text(json.dumps(held))
     assert same(whole, train(checkpoint_dir=folder, resume=True))
-    adamw = training.Settings(
-        num_steps=60, batch_size=16, num_chains=2, check_every=10, times="even", optimizer=optax.adamw(1e-3)
-    )
+    adamw = training.Settings(num_steps=60, batch_size=16, num_chains=2, check_every=10, times="even", optimizer=OWN)
     with pytest.raises(ValueError, match="another configuration"):
         train(adamw, checkpoint_dir=folder, resume=True)
 
