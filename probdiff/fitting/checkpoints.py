@@ -133,7 +133,7 @@ class Checkpoints:
                 )
         self._ocp = ocp
         self._directory = directory
-        (directory / "steps").mkdir(exist_ok=True)
+        (directory / "steps").mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             directory / "steps",
             options=ocp.CheckpointManagerOptions(
