@@ -9,7 +9,9 @@ import optax
 import pandas as pd
 import pytest
 import scipy.stats
-from helpers.diffusions import fit_of, light_diffusion, mlp_diffusion
+from helpers.diffusions import fit_of, light_diffusion, mlp_diffusion, random_params
+from helpers.once import once
+from helpers.pairs import slow_unless
 from numpyro.infer.util import log_density
 
 import probdiff
@@ -84,48 +86,59 @@ def test_a_second_evaluation_with_new_data_compiles_nothing(single, x, caplog):
 
 
 def test_a_fit_starts_from_another(single, x):
-    """In its units, from its params: a step of no length leaves it as it is."""
-    start = small(init=single, optimizer=optax.sgd(0.0), num_steps=10, check_every=10)
-    frame = pd.DataFrame(x + 1.0, columns=NAMES)[NAMES[::-1]]
-    same = start(frame)
-    np.testing.assert_array_equal(same.loc, single.loc)
-    assert same.features == single.features
-    for leaf, wanted in zip(jax.tree.leaves(same.params), jax.tree.leaves(single.params), strict=True):
-        np.testing.assert_allclose(leaf, wanted, rtol=1e-5, atol=1e-6)
-    assert small(init=single)(x).losses[:50].mean() < single.losses[:50].mean() - 0.02  # on the same batches
-    with pytest.raises(ValueError, match="init is a fit of another diffusion"):
-        small(mlp_diffusion(width=9), init=single)(x)
-    with pytest.raises(ValueError, match="init is a fit of another diffusion"):
-        small(mlp_diffusion("diagonal"), init=single)(x)
+    """In its units, from its params: steps of no length leave it as it is."""
+    d, options = light_diffusion(), {"optimizer": optax.sgd(0.0), "num_steps": 10, "check_every": 10}
+    first = replace(fit_of(d, random_params(d), LOC, SCALE), features=tuple(NAMES))
+    frame = pd.DataFrame(x * SCALE + LOC + 1.0, columns=NAMES)[NAMES[::-1]]
+    same = small(d, init=first, num_chains=2, **options)(frame)
+    np.testing.assert_array_equal(same.loc, LOC)
+    assert same.features == tuple(NAMES)
+    for leaf, wanted in zip(jax.tree.leaves(same.params), jax.tree.leaves(first.params), strict=True):
+        np.testing.assert_allclose(leaf, np.stack([wanted] * 2), rtol=1e-6)
+    for other in (light_diffusion(width=9), mlp_diffusion("diagonal", d.schedule)):
+        with pytest.raises(ValueError, match="init is a fit of another diffusion"):
+            small(other, init=first)(frame)
     with pytest.raises(TypeError, match="init is 3; it must be a fit"):
         small(init=3)(x)
-    several = replace(single, stacked_losses=np.repeat(single.stacked_losses, 2, axis=0))
     with pytest.raises(ValueError, match="init has 2 chains; num_chains is 3"):
-        small(init=several, num_chains=3)(x)
+        small(d, init=same, num_chains=3)(frame)
+    with pytest.raises(ValueError, match="has no column 'mmol'"):
+        small(d, init=first)(frame[["age"]])
 
 
-def test_a_fit_is_used_in_another_precision():
-    """One made in single precision, in double precision, and the other way round."""
-    x = np.random.default_rng(0).normal(size=(4, 2))
-    schedule = schedules.linear(2)
-    found = {}
+@once
+def fits_of_both_precisions():
+    fits = []
     for made in (False, True):
         with jax.enable_x64(made):
-            d = GaussianDiffusion((2,), schedule, networks.ResidualMLP(4, 1), "full")
-            fit = fit_of(d, jax.jit(d.initial_params)(KEY))
-        for used in (False, True):
-            with jax.enable_x64(used):
-                paths = fit.sample(KEY, 4, paths=True)
-                found[made, used] = [
-                    fit.log_likelihood(paths if name == "upper" else x, rng_key=KEY, method=name, num_particles=50).mean
-                    for name in METHODS
-                ]
-                seen = posterior.Missing(np.array([[0.3, np.nan]]))
-                dt = posterior.sample(fit, seen, rng_key=KEY, num_particles=50, num_filters=2)
-                assert np.isfinite(dt["posterior"]["x_0"]).all()
-                fit.to_datatree(x, rng_key=KEY, num_draws=25)
-    for used in (False, True):
-        np.testing.assert_allclose(found[True, used], found[False, used], atol=1e-4)
+            d = GaussianDiffusion((2,), schedules.linear(2), networks.ResidualMLP(4, 1), "full")
+            fits.append(fit_of(d, jax.jit(d.initial_params)(KEY)))
+    return fits
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("method", slow_unless(METHODS, ["smc"]))
+def test_a_fit_is_used_in_another_precision(method, used):
+    """One made in single precision, in double precision, and the other way round."""
+    x = np.random.default_rng(0).normal(size=(4, 2))
+    with jax.enable_x64(used):
+        values = []
+        for fit in fits_of_both_precisions():
+            given = fit.sample(KEY, 4, paths=True) if method == "upper" else x
+            values.append(fit.log_likelihood(given, rng_key=KEY, method=method, num_particles=50).mean)
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("used", [False, True])
+def test_posteriors_and_trees_are_made_in_another_precision(used):
+    x = np.random.default_rng(0).normal(size=(4, 2))
+    with jax.enable_x64(used):
+        for fit in fits_of_both_precisions():
+            seen = posterior.Missing(np.array([[0.3, np.nan]]))
+            dt = posterior.sample(fit, seen, rng_key=KEY, num_particles=50, num_filters=2)
+            assert np.isfinite(dt["posterior"]["x_0"]).all()
+            assert np.isfinite(fit.to_datatree(x, rng_key=KEY, num_draws=25)["log_likelihood"]["x_0"]).all()
 
 
 def test_what_is_traced_is_refused_and_the_programs_can_be(single, x):

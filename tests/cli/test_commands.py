@@ -320,7 +320,15 @@ def test_help_names_every_command(probdiff):
 def test_two_processes_fit_one_run_and_tell_an_error_once(tmp_path):
     table = pd.DataFrame(np.random.default_rng(0).normal(size=(300, 2)), columns=["a", "b"])
     table.to_csv(tmp_path / "own.csv", index=False)
-    start = [sys.executable, "-c", "from probdiff.cli import main; main()", "fit", "own.csv", *QUICK]
+    start = [
+        sys.executable,
+        "-c",
+        "from probdiff.cli import main; main()",
+        "fit",
+        "own.csv",
+        *LIGHT,
+        "--covariance=fixed",
+    ]
 
     def fit():
         return subprocess.run([*start, "--processes=2"], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -6,7 +6,6 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from helpers.diffusions import mlp_diffusion
 
 from probdiff import GaussianDiffusion, datasets, derivation, networks, schedules
 
@@ -37,14 +36,9 @@ def compilations(d, **options):
 
 
 @pytest.mark.slow
-def test_a_ledger_compiles_little(x64):
-    assert compilations(mlp_diffusion("full", schedules.LearnedBetas(3)), num_draws=100) <= 195
-
-
-@pytest.mark.slow
 def test_the_ledger_of_the_default_pair_compiles_few_programs(x64):
     d = GaussianDiffusion((2,), schedules.LearnedBetas(40), networks.ResidualMLP(), "full")
-    assert compilations(d) <= 210  # hardly more than at T = 3
+    assert compilations(d) <= 205
 
 
 LEVELS, T = 3, 2
