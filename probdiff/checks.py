@@ -1,5 +1,6 @@
 """Errors at the door: what was given, in which argument, and what is wanted."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ from numpy.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from probdiff.types import Key
+
+_MOST_OF_BULK = 2.5  # standard deviations of the bulk in that of all
+_EXTREME = 75.0  # and at least one value this many of those away
+_FINEST = 1e-3  # of a standard deviation, between neighbouring numbers
 
 
 def check_key(rng_key: Key | None) -> Key:
@@ -180,6 +185,43 @@ def check_varies(x: np.ndarray, name: str, features: Sequence[str] | None = None
         names = [features[i] if features else str(i) for i in constant.tolist()]
         raise ValueError(
             f"{name} has the same value in every row of feature(s) {some(names)}; leave constant features out"
+        )
+
+
+def warn_of_units(x: np.ndarray, loc: np.ndarray, scale: np.ndarray, features: Sequence[str] | None = None) -> None:
+    """Warns of features of x (N, *event_shape) that a mean and a standard deviation are poor units for.
+
+    Those with values so far out that the standard deviation is several times that of the bulk, the normal of the same
+    quantiles of 5 and 95 %; and in single precision those so far from zero that neighbouring numbers are far apart.
+    """
+    flat, loc, scale = x.reshape(len(x), -1), loc.ravel(), scale.ravel()
+    names = np.array([str(i) for i in range(flat.shape[1])] if features is None else list(features))
+    low, median, high = np.quantile(flat, [0.05, 0.5, 0.95], axis=0)
+    bulk = (high - low) / (2 * 1.645)
+    extreme = np.abs(flat - median).max(0)
+    outlying = np.flatnonzero((bulk > 0) & (scale > _MOST_OF_BULK * bulk) & (extreme > _EXTREME * bulk))
+    if outlying.size:
+        i = outlying[np.argmax(scale[outlying] / bulk[outlying])]
+        share = np.mean(np.abs(flat[:, i] - median[i]) > 5 * bulk[i])
+        warnings.warn(
+            f"feature(s) {some(names[outlying])} have outlying values or heavy tails: in '{names[i]}', {share:.2g} of "
+            f"the rows are far outside, and the standard deviation, {scale[i]:.3g}, which is the chain's unit, is "
+            f"{scale[i] / bulk[i]:.3g} times that of the bulk of the rows, which is fitted poorly in such a unit. Look "
+            "at these rows, or fit a logarithm or an arcsinh of the feature",
+            stacklevel=3,
+        )
+    if jnp.result_type(float) == jnp.float64:
+        return
+    spacing = np.spacing(np.abs(loc).astype(np.float32)).astype(np.float64)
+    coarse = np.flatnonzero(spacing > _FINEST * scale)
+    if coarse.size:
+        i = coarse[np.argmax(spacing[coarse] / scale[coarse])]
+        warnings.warn(
+            f"feature(s) {some(names[coarse])} lie far from zero for single precision: '{names[i]}' has mean "
+            f"{loc[i]:.6g} and standard deviation {scale[i]:.3g}, and neighbouring numbers there are {spacing[i]:.2g} "
+            "apart, in what fit.prior() returns and in what a function that is given as a likelihood gets. Subtract an "
+            'origin, or jax.config.update("jax_enable_x64", True) before the fit',
+            stacklevel=3,
         )
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from probdiff.chains import Diffusion, to_chain
-from probdiff.checks import check_key, check_varies, described, feature_names
+from probdiff.checks import check_key, check_varies, described, feature_names, warn_of_units
 from probdiff.datasets.named import split
 from probdiff.fitting.loop import Objective, Settings, Times, train
 from probdiff.fitting.streams import Stream
@@ -67,6 +67,7 @@ def fit(
     network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
     elsewhere none of the three. Below 10 rows, and of a stream, none are held out. `check_every` is 100 steps with
     validation data and 500 without. See `Settings` for the rest and `train` for checkpoints.
+    Warns of features with outlying values or heavy tails, and of those too far from zero for single precision.
     Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
     """
     if not isinstance(init, Fit | None):
@@ -93,6 +94,8 @@ def fit(
         data, held_out = x.standardised(loc, scale), _held_out_of_stream(d, x, validation, features)
     else:
         loc, scale = units(d, x, features) if init is None else (init.loc, init.scale)
+        if not d.family.support.is_discrete:
+            warn_of_units(x, loc, scale, features)
         kept, held_out = _hold_out(d, x, validation, rng_key, features)
         data = to_chain(d, kept, loc, scale)
     patience = 20 if few and held_out is not None and patience is None else patience
