@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from probdiff.progress import of_long_work
 from probdiff.types import Data, Key
 
 
@@ -23,5 +24,5 @@ def in_blocks(x_0: Data, rng_key: Key, compute: Callable[[Data, Key], Any], rows
 
 def padded_blocks(num_rows: int, rows: int) -> Iterator[tuple[int, np.ndarray]]:
     """The first row of each block, and the indices of its `rows` rows; the last block is padded by the last row."""
-    for start in range(0, num_rows, rows):
+    for start in of_long_work(range(0, num_rows, rows), unit="block", desc="rows"):
         yield start, np.minimum(np.arange(start, start + rows), num_rows - 1)

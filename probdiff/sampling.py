@@ -13,6 +13,7 @@ from numpyro.infer import Predictive
 from probdiff.blocks import block_size
 from probdiff.chains import Diffusion
 from probdiff.locks import one_at_a_time
+from probdiff.progress import of_long_work
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Data, Key, Params
 
@@ -42,7 +43,9 @@ def reverse_draws(d: Diffusion, params: Params, rng_key: Key, n: int, times: Seq
     most = 2**17 if tuple(times) == (0,) and jax.default_backend() != "cpu" else _ROWS  # to keep a GPU busy
     rows = block_size(n, most)
     keys = jax.random.split(rng_key, -(-n // rows))
-    return np.concatenate([_reverse_block(d, params, key, rows, tuple(times)) for key in keys])[:n]
+    return np.concatenate(
+        [_reverse_block(d, params, key, rows, tuple(times)) for key in of_long_work(keys, unit="block", desc="sample")]
+    )[:n]
 
 
 def forward_draws(d: Diffusion, params: Params, x_0: Data, rng_key: Key, times: Sequence[int]) -> np.ndarray:

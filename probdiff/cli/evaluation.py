@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from probdiff import datasets, plots
 from probdiff.cli.run import Run
 from probdiff.diagnostics import Marginals, marginals
 from probdiff.files import atomic_write
 from probdiff.likelihood.result import LogLikelihood
+from probdiff.progress import progress
 from probdiff.results import Fit
 
 _EVALUATED = 500  # held-out rows in the DataTree, where T ≤ 40; fewer in longer chains, for the same time
@@ -89,9 +89,9 @@ def summarise(bound: LogLikelihood, exact: np.ndarray | None, compared: Marginal
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], Any]]:
-    """A bar of the parts of an evaluation, on a terminal alone."""
+    """A bar of the parts of an evaluation."""
     bar_format = "{desc}: {n:.0f}%|{bar}| [{elapsed}<{remaining}]"
-    with tqdm(total=sum(_PARTS.values()), disable=None, desc="evaluate", bar_format=bar_format, leave=False) as bar:
+    with progress(total=sum(_PARTS.values()), desc="evaluate", bar_format=bar_format, leave=False) as bar:
 
         @contextmanager
         def part(name: str) -> Iterator[None]:

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from tqdm.auto import tqdm
 
 from probdiff.chains import Diffusion
 from probdiff.checks import check_count
@@ -28,6 +27,7 @@ from probdiff.fitting.streams import Stream
 from probdiff.fitting.times import time_probs
 from probdiff.likelihood.elbo import elbo
 from probdiff.locks import one_at_a_time
+from probdiff.progress import progress as progress_of
 from probdiff.sampling import one_fit
 from probdiff.schedules import Schedule
 from probdiff.types import Data, Key, Params
@@ -268,9 +268,9 @@ def train(
     if checkpoint_dir is not None:
         checkpoints = Checkpoints(Path(checkpoint_dir), arguments, resume)
         first_check, progress = checkpoints.restore(progress)
-    bar = tqdm(
+    bar = progress_of(
         total=settings.num_steps,
-        disable=None if progress_bar and jax.process_index() == 0 else True,
+        show=progress_bar and jax.process_index() == 0,
         unit="step",
         desc="fit",
     )
