@@ -38,7 +38,8 @@ class Fit:
     What goes in and comes out is in the data's own units: x = loc + scale·x_0, with the log-determinant −Σ log scale
     in every log density. `stacked_params` has the leading axis even for one fit. `features` are the names of the
     columns of the data frame that was fitted: those of a frame that is given later are taken by name, whatever their
-    order, and those of an array by position.
+    order, and those of an array by position. `whole` says which features, flattened, are integers that were
+    dequantised: draws of them are rounded down.
     """
 
     diffusion: Diffusion
@@ -48,6 +49,7 @@ class Fit:
     loc: np.ndarray
     scale: np.ndarray
     features: tuple[str, ...] | None = None
+    whole: tuple[bool, ...] | None = None
 
     @property
     def num_chains(self) -> int:
@@ -106,7 +108,8 @@ class Fit:
     def sample(self, rng_key: Key, n: int, *, paths: bool = False) -> np.ndarray:
         """n draws of x_0 by ancestral sampling from p, N7; (n, *event_shape), in the data's own units.
 
-        With `paths`, the whole x_0…x_T of each draw, N13: (n, T+1, *event_shape).
+        Features that are `whole` are integers. With `paths`, all of x_0…x_T of each draw, N13, which are not rounded:
+        (n, T+1, *event_shape).
         """
         check_count(n, "n", 1)
         times = range(self.diffusion.num_timesteps + 1) if paths else [0]
@@ -117,7 +120,8 @@ class Fit:
         draws = draws if paths else draws[:, :, 0]
         if self.diffusion.family.support.is_discrete:  # bits have no units
             return self._squeeze(draws)
-        return self._squeeze(self.loc + self.scale * draws)
+        draws = self.loc + self.scale * draws
+        return self._squeeze(draws if paths else self.rounded(draws))
 
     def prior(self) -> Callable[..., Event]:
         """p(x_0) as a NumPyro program that returns x in the data's own units, its sites in the chain's.
@@ -198,7 +202,7 @@ class Fit:
         self, x: ArrayLike, *, rng_key: Key, num_draws: int = 500, features: Sequence[str] | None = None
     ) -> xr.DataTree:
         """The fit and what it says of x (N, *event_shape) as a `DataTree` for ArviZ; see `diagnostics.to_datatree`."""
-        return to_datatree(
+        dt = to_datatree(
             self.diffusion,
             self.stacked_params,
             self.checked(x),
@@ -209,11 +213,16 @@ class Fit:
             num_draws=num_draws,
             features=self.features if features is None else features,
         )
+        for group in ("posterior_predictive", "observed_data"):
+            values = dt[group].dataset["x_0"]
+            dt[group] = dt[group].dataset.assign(x_0=values.copy(data=self.rounded(values.to_numpy(), flat=True)))
+        return dt
 
     def save(self, path: str | Path) -> None:
         """Writes the fit to one .npz file, whole or not at all; `Fit.load` reads it. Raises `OSError`."""
         leaves = {f"leaf_{i:04}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.stacked_params))}
-        optional = {} if self.features is None else {"features": np.array(self.features)}
+        named = (("features", self.features), ("whole", self.whole))
+        optional = {name: np.array(held) for name, held in named if held is not None}
         names = np.array(
             [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.stacked_params)]
         )
@@ -262,8 +271,8 @@ class Fit:
                     f"{path} holds the fit of another diffusion: {name} is {leaf.shape[1:]}, not {like.shape}"
                 )
         params = jax.tree.unflatten(treedef, [jnp.asarray(leaf) for leaf in leaves])
-        features = tuple(arrays["features"].tolist()) if "features" in arrays else None
-        fit = cls(d, params, arrays["losses"], arrays["validation"], arrays["loc"], arrays["scale"], features)
+        features, whole = (tuple(arrays[name].tolist()) if name in arrays else None for name in ("features", "whole"))
+        fit = cls(d, params, arrays["losses"], arrays["validation"], arrays["loc"], arrays["scale"], features, whole)
         beta = np.asarray(fit.noise_levels.beta)
         if beta.shape != arrays["beta"].shape or not np.allclose(beta, arrays["beta"], rtol=1e-5, atol=0):
             raise ValueError(f"{path} holds the fit of another diffusion: its β_t are not those of this schedule")
@@ -278,6 +287,13 @@ class Fit:
     def checked(self, x: ArrayLike, name: str = "x") -> np.ndarray:
         """x as data of the diffusion, in the data's own units, the columns of a data frame by name."""
         return self.diffusion.checked(x, name, features=self.features)
+
+    def rounded(self, x: np.ndarray, flat: bool = False) -> np.ndarray:
+        """x (…, *event_shape), or `flat` (…, D), in the data's units, with features that are `whole` rounded down."""
+        if not any(self.whole or ()):
+            return x
+        whole = np.array(self.whole)
+        return np.where(whole if flat else whole.reshape(self.loc.shape), np.floor(x), x)
 
     def standardise(self, x: ArrayLike, name: str = "x") -> np.ndarray:
         """x in the chain's own units, checked."""

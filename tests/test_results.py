@@ -311,6 +311,41 @@ def test_columns_of_another_frame_are_refused(single, x, change, error, words):
         single.log_likelihood(change(pd.DataFrame(x[:40], columns=NAMES)), rng_key=KEY)
 
 
+def test_features_that_were_dequantised_come_out_as_integers(tmp_path):
+    """Wherever values come out; a path, which a bound is taken of, stays as the chain has it."""
+    d = light_diffusion()
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(30, size=(200, 1)) + rng.uniform(size=(200, 1))
+    frame = pd.DataFrame(np.hstack([rng.normal(size=(200, 1)), counts]), columns=NAMES)
+    made = small(d, num_steps=10, check_every=10, whole=["mmol"])(frame)
+    made.save(tmp_path / "fit.npz")
+    fit = Fit.load(tmp_path / "fit.npz", d)
+    assert fit.whole == made.whole == made.chain(0).whole == (False, True)
+    assert small(d, num_steps=10, check_every=10, init=fit)(frame).whole == (False, True)
+
+    def assert_whole(draws):
+        np.testing.assert_array_equal(draws[..., 1], np.floor(draws[..., 1]))
+        assert np.all(draws[..., 0] != np.floor(draws[..., 0]))
+
+    draws, paths = fit.sample(KEY, 50), fit.sample(KEY, 50, paths=True)
+    assert_whole(draws)
+    assert not np.array_equal(paths, np.floor(paths))
+    np.testing.assert_allclose(draws[:, 1], np.floor(fit.loc + fit.scale * replace_units(fit).sample(KEY, 50))[:, 1])
+    dt = fit.to_datatree(frame[:30], rng_key=KEY, num_draws=25)
+    assert_whole(dt["posterior_predictive"]["x_0"].to_numpy())
+    assert_whole(dt["observed_data"]["x_0"].to_numpy())
+    seen = posterior.Missing(np.array([[0.3, np.nan]]))
+    drawn = posterior.sample(fit, seen, rng_key=KEY, num_particles=50, num_filters=2)["posterior"]["x_0"].to_numpy()
+    assert_whole(drawn)
+    with pytest.raises(ValueError, match="whole has 'count'; it must hold names of features, or numbers from 0 to 1"):
+        small(d, whole=["count"])(frame)
+
+
+def replace_units(fit):
+    """The same fit in the chain's own units."""
+    return replace(fit, loc=np.zeros(2), scale=np.ones(2), whole=None)
+
+
 def test_saved_fit_is_read_back_the_same(fitted, tmp_path):
     fitted.save(tmp_path / "fit.npz")
     read = Fit.load(tmp_path / "fit.npz", fitted.diffusion)

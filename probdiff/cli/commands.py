@@ -104,6 +104,7 @@ def fit(
         d,
         pd.DataFrame(train, columns=list(data_split.features)),
         rng_key=jax.random.key(seed),
+        whole=data_split.whole,
         num_steps=num_steps,
         batch_size=batch_size,
         num_chains=num_chains,
@@ -131,7 +132,7 @@ def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     d, data_split = opened.prepare()
     if opened.options["held out"] != digest(data_split.test):
         raise ValueError(f"{opened.options['data']} has changed since the fit, so its held-out rows are not known")
-    report_on(opened, opened.load(d), data_split)
+    report_on(opened, opened.load(d, data_split), data_split)
 
 
 @app.command()
@@ -147,11 +148,11 @@ def sample(
         raise ValueError(f"--out is {out}; it must end in {', '.join(datasets.WRITTEN)}")
     opened = Run.open(run)
     d, data_split = opened.prepare()
-    fitted = opened.load(d)
+    fitted = opened.load(d, data_split)
     chosen = fitted.best if chain is None else chain
     draws = fitted.chain(chosen).sample(jax.random.key(seed), n)
     with atomic_write(out) as file:
-        frame = pd.DataFrame(draws, columns=list(data_split.features))
+        frame = pd.DataFrame(draws, columns=list(data_split.features)).astype(dict.fromkeys(data_split.whole, int))
         if out.suffix == ".npy":
             np.save(file, draws)
         elif out.suffix == ".csv":
@@ -179,18 +180,16 @@ def impute(
         raise ValueError(f"--out is {out}; it must end in .csv")
     opened = Run.open(run)
     d, data_split = opened.prepare()
-    fitted = opened.load(d)
+    fitted = opened.load(d, data_split)
     fitted = fitted.chain(fitted.best if chain is None else chain)
     x, features = datasets.read_table(table, data_split.features, integers=True)
-    whole = np.full(len(features), opened.options["data"] == "digits")
-    if opened.options["dequantise"]:
-        whole = datasets.integer_columns(datasets.read_frame(opened.options["data"], data_split.features))
+    whole = np.isin(features, data_split.whole)
     frame, dt = impute_table(
         fitted, x, features, whole, rng_key=jax.random.key(seed), num_draws=num_draws, num_particles=num_particles
     )
     tree = out.with_name(f"{out.stem}-draws.nc")
     with atomic_write(out) as file:
-        frame.to_csv(file, index=False)
+        frame.astype(dict.fromkeys(data_split.whole, int)).to_csv(file, index=False)
     with atomic_write(tree) as file:
         dt.to_netcdf(file, engine="h5netcdf")
     least = dt["evidence"].dataset["effective_draws"].to_numpy().min()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,10 @@ class Run:
         chosen = self.options["patience"]
         return (0 if data_split.density else 20) if chosen is None else chosen
 
-    def load(self, d: Diffusion) -> Fit:
-        return Fit.load(self.folder / "fit.npz", d)
+    def load(self, d: Diffusion, data_split: datasets.Split) -> Fit:
+        """The fit, with the names of its features, which the files of earlier runs do not hold."""
+        whole = tuple(name in data_split.whole for name in data_split.features)
+        return replace(Fit.load(self.folder / "fit.npz", d), features=data_split.features, whole=whole)
 
 
 def digest(x: np.ndarray) -> str:

@@ -1,14 +1,14 @@
 """Data sets by name, and files, in a part to train and a part to test."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 
 from probdiff.checks import check_bits, check_data, check_varies
 from probdiff.datasets.synthetic import Density, Heartbeat, SwissRoll, eight_gaussians
-from probdiff.datasets.tables import READERS, dequantise, read_table, table_suffix
+from probdiff.datasets.tables import READERS, dequantise, read_table, table_suffix, whole_columns
 from probdiff.types import Key
 
 BITS = ("heartbeat", "binary-digits")  # of those that `load` knows by name
@@ -16,12 +16,16 @@ BITS = ("heartbeat", "binary-digits")  # of those that `load` knows by name
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Data in two parts, (N, D) each, the names of the D features, and the exact density where it is known."""
+    """Data in two parts, (N, D) each, the names of the D features, and the exact density where it is known.
+
+    `whole` are the features that were integers before they were dequantised.
+    """
 
     train: np.ndarray
     test: np.ndarray
     features: tuple[str, ...]
     density: Density | None = None
+    whole: tuple[str, ...] = ()
 
 
 def split(x: np.ndarray, features: Sequence[str], rng_key: Key, test_fraction: float = 0.2) -> Split:
@@ -73,11 +77,13 @@ def load(
         x, features = bunch.data, [str(name) for name in bunch.feature_names]
         if source == "binary-digits":
             return split((x >= 8).astype(np.uint8), features, key_split, test_fraction)
-        x = dequantise(x, key_data) if source == "digits" else x
+        whole = tuple(features) if source == "digits" else ()
+        x = dequantise(x, key_data) if whole else x
     elif table_suffix(source) in READERS:
         if binary and dequantised:
             raise ValueError("bits are not dequantised; leave out binary or dequantise")
         x, features = read_table(source, columns, key_data if dequantised else None, integers=binary)
+        whole = whole_columns(source, features) if dequantised else ()
         if binary:
             return split(check_bits(x, x.shape[1:], source, 2), features, key_split, test_fraction)
     else:
@@ -85,4 +91,4 @@ def load(
         raise ValueError(f"no data set is called {source!r}; there are {known}, and files in {', '.join(READERS)}")
     x = check_data(x, x.shape[1:], source, 2, features)
     check_varies(x, source, features)
-    return split(x, features, key_split, test_fraction)
+    return replace(split(x, features, key_split, test_fraction), whole=whole)

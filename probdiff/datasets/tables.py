@@ -45,6 +45,12 @@ def integer_columns(frame: Any) -> np.ndarray:
     return np.array([kinds.is_integer_dtype(kind) or kinds.is_bool_dtype(kind) for kind in frame.dtypes])
 
 
+def whole_columns(path: str | Path, columns: Sequence[str]) -> tuple[str, ...]:
+    """Which of these columns of a table hold integers."""
+    held = integer_columns(read_frame(path, columns))
+    return tuple(column for column, is_whole in zip(columns, held, strict=True) if is_whole)
+
+
 def table_suffix(path: str | Path) -> str:
     """The end of a file's name that tells how it is read, in lower case: that of `a.CSV.gz` is ".csv.gz"."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]

@@ -42,6 +42,7 @@ def fit(
     patience: int | None = None,
     dropout: bool | None = None,
     init: Fit | None = None,
+    whole: Sequence[str | int] | None = None,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     progress_bar: bool = True,
@@ -63,6 +64,9 @@ def fit(
     `init` is a fit of the same diffusion to start from, of one chain or of `num_chains`, whose units are kept, so that
     the start is that fit itself: to go on for longer, with other options, or on other data.
 
+    `whole` names or counts the features that were integers before they were dequantised: draws are rounded down to
+    integers again.
+
     A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
     network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
     elsewhere none of the three. Below 10 rows, and of a stream, none are held out. `check_every` is 100 steps with
@@ -81,6 +85,7 @@ def fit(
     else:
         features = feature_names(x, "x") if init is None or init.features is None else init.features
         x = d.checked(x, "x", minimum=2, features=features)
+    is_whole = _is_whole(whole, d, features) if init is None or whole is not None else init.whole
     num_rows = x.shape[0]
     if batch_size is not None and batch_size > num_rows:
         raise ValueError(f"batch_size is {batch_size}; x has {num_rows} rows")
@@ -128,7 +133,23 @@ def fit(
         mesh=mesh,
     )
     log_det = float(np.log(scale).sum())
-    return Fit(d, trained.params, trained.losses + log_det, trained.validation - log_det, loc, scale, features)
+    return Fit(
+        d, trained.params, trained.losses + log_det, trained.validation - log_det, loc, scale, features, is_whole
+    )
+
+
+def _is_whole(
+    whole: Sequence[str | int] | None, d: Diffusion, features: tuple[str, ...] | None
+) -> tuple[bool, ...] | None:
+    """Which features, flattened, are among those named or counted."""
+    if whole is None:
+        return None
+    names = features or ()
+    places = [names.index(one) if one in names else one for one in whole]
+    size = math.prod(d.event_shape)
+    if wrong := [one for one in places if isinstance(one, bool | str) or one not in range(size)]:
+        raise ValueError(f"whole has {wrong[0]!r}; it must hold names of features, or numbers from 0 to {size - 1}")
+    return tuple(i in places for i in range(size))
 
 
 def _start_of(init: Fit, d: Diffusion, num_chains: int) -> Params:

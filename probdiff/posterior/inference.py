@@ -45,6 +45,7 @@ def sample(
     are `data`, a tree of arrays with a leading axis of N, as f(x_0, datum). It is compiled once and must depend on its
     arguments alone: what changes from call to call is given as `data`. Where it is NaN the likelihood counts as zero.
     `features` and `datum` are names, for coordinates and for what is said of weights; without them, numbers from 0.
+    Draws of features that are whole are rounded down; their known entries are taken as they are given, dequantised.
 
     Each of `num_filters` filters carries `num_particles` particles down the chain, guided by the observation and
     weighted so that they are exact as their number grows; p(y) is estimated without bias by any number. The tree has
@@ -71,7 +72,8 @@ def sample(
     if len(names) != size or len(set(names)) < size or isinstance(features, str):
         raise ValueError(f"features is {features!r}; the data have {size} features, whose names must differ")
     result, evidence, observed = _run(fit, likelihood, data, rng_key, num_particles, num_filters, datum)
-    draws = np.asarray(fit.loc.ravel() + fit.scale.ravel() * result.x_0)  # N, M, S, D
+    exact_draws = np.asarray(fit.loc.ravel() + fit.scale.ravel() * result.x_0)  # N, M, S, D
+    draws = fit.rounded(exact_draws, flat=True)
     if observed is not None:
         draws = np.where(np.isnan(observed)[:, None, None], draws, observed[:, None, None])
     coords = {"feature": names, "t": [*range(d.num_timesteps, 1, -1), 0]}
@@ -90,7 +92,7 @@ def sample(
             {
                 "log_evidence": evidence.values,
                 "mcse": evidence.values_mcse,
-                "effective_draws": _effective_draws(draws, observed),
+                "effective_draws": _effective_draws(exact_draws, observed),
                 "pareto_k": evidence.pareto_k,
             },
             dims={name: ["datum"] for name in ("log_evidence", "mcse", "effective_draws", "pareto_k")},

@@ -63,6 +63,7 @@ def test_impute_fills_the_empty_cells_alone(probdiff, own):
     filled = pd.read_csv(own / "holes-imputed.csv")
     assert filled.columns.tolist() == ["row", "draw", *features]
     assert len(filled) == 35
+    assert filled["count"].dtype.kind == "i"
     assert not filled.isna().any(axis=None)
     repeated = table.loc[filled["row"], features].reset_index(drop=True)
     known = ~repeated.isna()
@@ -157,7 +158,10 @@ def test_sample_writes_draws_in_the_units_of_the_data(own, probdiff, suffix):
         frame = pd.read_csv(out) if suffix == ".csv" else pd.read_parquet(out)
         assert list(frame) == ["height", "weight", "ratio", "count"]
         draws = frame.to_numpy()
+    if suffix == ".csv":
+        assert "." not in Path(out).read_text().splitlines()[1].split(",")[3]
     assert draws.shape == (50, 4)
+    np.testing.assert_array_equal(draws[:, 3], np.floor(draws[:, 3]))
     assert 5 < draws[:, 1].std() < 60
 
 
