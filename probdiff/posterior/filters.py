@@ -14,7 +14,7 @@ from numpyro.infer import Predictive
 from probdiff.chains import GaussianDiffusion
 from probdiff.likelihood.resampling import normalised, resample, systematic
 from probdiff.locks import one_at_a_time
-from probdiff.posterior.guidance import DEFENSIVE, GuidedLikelihood, solve_lower
+from probdiff.posterior.guidance import DEFENSIVE, GuidedLikelihood, as_matrix, solve_lower
 from probdiff.types import Key, Params
 
 _DRAWS = 2048
@@ -145,13 +145,13 @@ def _filter(
     keys, size = jax.random.split(key_steps, T), math.prod(d.event_shape)
     # above x_T: its "kernel" is p(x_T)
     zeros, ones = jnp.zeros((S, size)), jnp.ones((S, size))
-    scale = ones if factors is not None else _matrix(ones)
+    scale = ones if factors is not None else as_matrix(ones)
     above = _State(zeros, scale, zeros, scale, jnp.zeros(S))
     carry = (above, jnp.zeros(S), jnp.zeros(()), (jnp.ones(()), jnp.zeros(S)))
     carry, ess = jax.lax.scan(down, carry, (jnp.arange(T, 1, -1), keys[1:]))
     (x_1, log_w, log_evidence, worst), ess_above = move(carry, keys[0])
     p = predict(x_1.reshape(S, *d.event_shape), 1)[0]  # of x_0 given x_1, normal exactly
-    scale = p.scale_tril if factors is None else _matrix(jnp.sqrt(p.variance).reshape(S, -1))
+    scale = p.scale_tril if factors is None else jnp.sqrt(p.variance).reshape(S, -1)
     x_0, log_new = likelihood.propose_x_0(p.mean.reshape(S, -1), scale, key_last)
     log_w = _never_nan(log_w + log_new)
     shares, last = normalised(log_w)
@@ -178,10 +178,6 @@ def _log_normal(loc: Float[Array, "S D"], scale: Float[Array, "S D *D"], x: Floa
     z = jnp.squeeze(solve_lower(scale, (x - loc)[..., None]), -1)
     log_det = jnp.sum(jnp.log(jnp.diagonal(scale, axis1=-2, axis2=-1)), -1)
     return jnp.sum(jax.scipy.stats.norm.logpdf(z), -1) - log_det
-
-
-def _matrix(scale: Float[Array, "S D *D"]) -> Float[Array, "S D D"]:
-    return scale if scale.ndim == 3 else scale[..., None] * jnp.eye(scale.shape[-1])
 
 
 def _factor(V: Float[Array, "S D D"], room: Float[Array, ""]) -> Float[Array, "S D D"]:

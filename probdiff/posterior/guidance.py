@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from probdiff.types import Key
 
@@ -22,6 +22,7 @@ DEFENSIVE = 0.1  # share of a proposal that is the kernel itself (Hesterberg 199
 _NEWTON_STEPS = 5
 _STEP_SIZES = np.array([1.0, 0.5, 0.2, 0.05, 0.0])
 _NODES = 16
+_MOST_NUMBERS = 2**20  # in the matrices of a block of particles of one filter
 _FEW_ROWS = 4  # up to which triangular systems are solved row by row
 _LOWEST = -1e4  # the least log ψ: where it is −∞ particles could not be told apart
 
@@ -45,9 +46,12 @@ class GuidedLikelihood(Protocol):
         ...
 
     def propose_x_0(
-        self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
+        self, mean: Float[Array, "S D"], F: Float[Array, "S D *D"], rng_key: Key
     ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
-        """A draw of x_0 (S, D) from a proposal r for each particle, and log N(x_0; m, F·Fᵀ)·g(x_0)/r(x_0) (S,)."""
+        """A draw of x_0 (S, D) from a proposal r for each particle, and log N(x_0; m, F·Fᵀ)·g(x_0)/r(x_0) (S,).
+
+        F may be the diagonals of diagonal ones, (S, D).
+        """
         ...
 
 
@@ -67,14 +71,20 @@ class GuidedLinearGaussian(eqx.Module):
         return Guidance(log_psi, _times(gain.mT, w), gain.mT @ gain)
 
     def propose_x_0(
-        self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
+        self, mean: Float[Array, "S D"], F: Float[Array, "S D *D"], rng_key: Key
     ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
         """A draw of x_0 given y, exact: a joint draw of both is conditioned on y (Matheron's rule); r ∝ N·g."""
         key_x, key_noise = jax.random.split(rng_key)
-        whiten, gain = self._gain(F)
-        x_0 = mean + _times(F, jax.random.normal(key_x, mean.shape))
-        y = x_0 @ self.A.T + jax.random.normal(key_noise, (len(mean), self.y.size)) @ self.noise.T
-        return x_0 + _times(gain.mT, _times(whiten, self.y - y)), self.guidance(mean, F).log_psi
+        z = jax.random.normal(key_x, mean.shape)
+        noise = jax.random.normal(key_noise, (len(mean), self.y.size)) @ self.noise.T
+
+        def draw(F: Array, mean: Array, z: Array, noise: Array) -> tuple[Array, Array]:
+            whiten, gain = self._gain(F)
+            x_0 = mean + _times(F, z)
+            y = x_0 @ self.A.T + noise
+            return x_0 + _times(gain.mT, _times(whiten, self.y - y)), self.guidance(mean, F).log_psi
+
+        return _in_blocks(draw, F, mean, z, noise)
 
     def _gain(self, F: Float[Array, "*S D D"]) -> tuple[Float[Array, "*S M M"], Float[Array, "*S M D"]]:
         """L⁻¹ and L⁻¹·A·V, where V = F·Fᵀ and L·Lᵀ = A·V·Aᵀ + R."""
@@ -82,6 +92,34 @@ class GuidedLinearGaussian(eqx.Module):
         L = jnp.linalg.cholesky(AF @ AF.mT + self.noise @ self.noise.T)
         whiten = solve_lower(L, jnp.broadcast_to(jnp.eye(self.y.size), L.shape))
         return whiten, whiten @ AF @ F.mT
+
+
+class GuidedMissing(eqx.Module):
+    """x_0 is `y` in the entries that are `known`, without noise; y is zero in the others."""
+
+    y: Float[Array, " D"]
+    known: Bool[Array, " D"]
+    constant: Float[Array, ""]  # added to log g
+
+    def guidance(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guidance:
+        return self._linear().guidance(mean, F)
+
+    def propose_x_0(
+        self, mean: Float[Array, "S D"], F: Float[Array, "S D *D"], rng_key: Key
+    ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
+        """A draw of x_0 given y, exact, as that of `GuidedLinearGaussian`; entry by entry where F is diagonal."""
+        if F.ndim == 3:
+            return self._linear().propose_x_0(mean, F, rng_key)
+        z = jax.random.normal(jax.random.split(rng_key)[0], mean.shape)
+        standard = jnp.where(self.known, (self.y - mean) / F, 0.0)
+        log_scale = jnp.where(self.known, jnp.log(F), 0.0)
+        log_psi = self.constant + jnp.sum(jax.scipy.stats.norm.logpdf(standard) - log_scale, -1)
+        return jnp.where(self.known, self.y, mean + F * z), log_psi
+
+    def _linear(self) -> GuidedLinearGaussian:
+        """The same with a measurement of each entry, those that are not known being noise alone."""
+        eye = jnp.eye(self.y.size)
+        return GuidedLinearGaussian(self.y, self.known[:, None] * eye, ~self.known[:, None] * eye, self.constant)
 
 
 class GuidedSmooth(eqx.Module):
@@ -102,20 +140,24 @@ class GuidedSmooth(eqx.Module):
         return Guidance(log_psi, _times(F, z), root @ root.mT)
 
     def propose_x_0(
-        self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
+        self, mean: Float[Array, "S D"], F: Float[Array, "S D *D"], rng_key: Key
     ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
         """A draw of x_0 from a mixture of Laplace's approximation and N(m, F·Fᵀ): no weight is above g/`DEFENSIVE`."""
-        _, mode, values, vectors = self._laplace(mean, F)
         key_z, key_which = jax.random.split(rng_key)
         noise = jax.random.normal(key_z, mean.shape)
         defensive = jax.random.bernoulli(key_which, DEFENSIVE, (len(mean), 1))
-        z = jnp.where(defensive, noise, mode + _times(vectors, noise / jnp.sqrt(values)))
-        x_0 = mean + _times(F, z)
-        from_mode = jnp.squeeze((z - mode)[:, None, :] @ vectors, 1)
-        log_laplace = 0.5 * jnp.sum(jnp.log(values) - values * from_mode**2, -1)
-        log_p = -0.5 * jnp.sum(z**2, -1)
-        log_r = jnp.logaddexp(math.log1p(-DEFENSIVE) + log_laplace, math.log(DEFENSIVE) + log_p)
-        return x_0, jax.vmap(lambda x: self.log_g(x, self.datum))(x_0) + log_p - log_r
+
+        def draw(F: Array, mean: Array, noise: Array, defensive: Array) -> tuple[Array, Array]:
+            _, mode, values, vectors = self._laplace(mean, F)
+            z = jnp.where(defensive, noise, mode + _times(vectors, noise / jnp.sqrt(values)))
+            x_0 = mean + _times(F, z)
+            from_mode = jnp.squeeze((z - mode)[:, None, :] @ vectors, 1)
+            log_laplace = 0.5 * jnp.sum(jnp.log(values) - values * from_mode**2, -1)
+            log_p = -0.5 * jnp.sum(z**2, -1)
+            log_r = jnp.logaddexp(math.log1p(-DEFENSIVE) + log_laplace, math.log(DEFENSIVE) + log_p)
+            return x_0, jax.vmap(lambda x: self.log_g(x, self.datum))(x_0) + log_p - log_r
+
+        return _in_blocks(draw, F, mean, noise, defensive)
 
     def _laplace(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> tuple[Array, Array, Array, Array]:
         """log ∫ g·N, and at the mode m + F·z: z, and eigenvalues and eigenvectors of the precision, in units of F."""
@@ -157,13 +199,36 @@ class GuidedBlackBox(eqx.Module):
         return Guidance(log_psi, jnp.zeros_like(mean), jnp.zeros((mean.shape[1],) * 2))
 
     def propose_x_0(
-        self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"], rng_key: Key
+        self, mean: Float[Array, "S D"], F: Float[Array, "S D *D"], rng_key: Key
     ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
-        x_0 = mean + _times(F, jax.random.normal(rng_key, mean.shape))
-        return x_0, self._values(x_0)
+        def draw(F: Array, mean: Array, z: Array) -> tuple[Array, Array]:
+            x_0 = mean + _times(F, z)
+            return x_0, self._values(x_0)
+
+        return _in_blocks(draw, F, mean, jax.random.normal(rng_key, mean.shape))
 
     def _values(self, x_0: Float[Array, "S D"]) -> Float[Array, " S"]:
         return jax.vmap(lambda x: self.log_g(x, self.datum))(x_0)
+
+
+def as_matrix(scale: Float[Array, "S D *D"]) -> Float[Array, "S D D"]:
+    """Standard deviations as diagonal matrices; matrices as they are."""
+    return scale if scale.ndim == 3 else scale[..., None] * jnp.eye(scale.shape[-1])
+
+
+def _in_blocks(
+    draw: Callable[..., tuple[Array, Array]], F: Float[Array, "S D *D"], *of_particles: Float[Array, "S _"]
+) -> tuple[Array, Array]:
+    """`draw` for all particles, so many at once that their matrices are of `_MOST_NUMBERS` at most."""
+    block = max(1, _MOST_NUMBERS // F.shape[-1] ** 2)
+    if block >= len(F):
+        return draw(as_matrix(F), *of_particles)
+
+    def of_one(particle: tuple[Array, ...]) -> tuple[Array, Array]:
+        F, *arrays = (array[None] for array in particle)
+        return jax.tree.map(lambda leaf: leaf[0], draw(as_matrix(F), *arrays))
+
+    return jax.lax.map(of_one, (F, *of_particles), batch_size=block)
 
 
 def _times(matrix: Float[Array, "*S P Q"], vectors: Float[Array, "S Q"]) -> Float[Array, "S P"]:

@@ -208,11 +208,17 @@ def _run(
     factors = None if d.covariance == "full" else spread(d, fit.params, key_spread)
     blocks = -(-N * num_filters * num_particles * D**2 // _MOST_NUMBERS)
     rows = -(-N // blocks)
-    results = []
+    together = max(1, _MOST_NUMBERS // (num_particles * D**2)) if rows == 1 else num_filters
+    together = max(size for size in range(1, num_filters + 1) if num_filters % size == 0 and size <= together)
+    params, results = fit.params, []
     for start, index in padded_blocks(N, rows):
         keys = jax.random.split(jax.random.fold_in(key_filters, start), (rows, num_filters))
         block = jax.tree.map(itemgetter(index), likelihoods)
-        results.append(filters(d, fit.params, factors, block, keys, num_particles))
+        parts = [
+            jax.tree.map(np.asarray, filters(d, params, factors, block, keys[:, i : i + together], num_particles))
+            for i in range(0, num_filters, together)
+        ]
+        results.append(jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts))
     result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:N], *results)
     evidence = _evidence(result, names)
     _warn_of_collapse(result, evidence, names)

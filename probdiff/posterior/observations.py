@@ -13,7 +13,13 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from probdiff.checks import frame_values, some
-from probdiff.posterior.guidance import GuidedBlackBox, GuidedLikelihood, GuidedLinearGaussian, GuidedSmooth
+from probdiff.posterior.guidance import (
+    GuidedBlackBox,
+    GuidedLikelihood,
+    GuidedLinearGaussian,
+    GuidedMissing,
+    GuidedSmooth,
+)
 from probdiff.results import Fit
 from probdiff.types import Key
 
@@ -69,9 +75,9 @@ def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[
         x = _known(fit, likelihood.x)
         known = ~np.isnan(x)
         y = np.where(known, (x - loc) / scale, 0.0)
-        A, noise = known[:, :, None] * np.eye(len(loc)), ~known[:, :, None] * np.eye(len(loc))
         constant = np.sum(np.where(known, -np.log(scale), 0.5 * np.log(2 * np.pi)), 1)
-        return GuidedLinearGaussian(*(jnp.asarray(a, jnp.result_type(float)) for a in (y, A, noise, constant))), x
+        floats = (jnp.asarray(a, jnp.result_type(float)) for a in (y, constant))
+        return GuidedMissing(next(floats), jnp.asarray(known), next(floats)), x
     if isinstance(likelihood, LinearGaussian):
         y, A, noise = _linear(likelihood, len(loc))
         arrays = _sufficient(y - A @ loc, A * scale, noise)

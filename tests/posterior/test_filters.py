@@ -1,5 +1,9 @@
 """Draws and evidence by particle filters against closed forms and quadrature."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,3 +115,34 @@ def test_methods_are_compiled_once(x64):
     for _ in range(2):
         posterior.log_evidence(fit, BlackBox(sensor.log_prob), **options)
     assert filters._cache_size() == before + 1
+
+
+MANY_FEATURES = """
+import resource
+import jax, numpy as np
+from helpers.diffusions import fit_of
+from probdiff import GaussianDiffusion, networks, posterior, schedules
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+d = GaussianDiffusion((300,), schedules.linear(3), networks.ResidualMLP(8, 1))
+fit = fit_of(d, d.initial_params(jax.random.key(0)))
+x = np.zeros((1, 300))
+fit.log_likelihood(x, rng_key=jax.random.key(1))
+before = peak()
+x[0, ::3] = np.nan
+posterior.sample(fit, posterior.Missing(x), rng_key=jax.random.key(2))
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_square_of_the_features():
+    """8 filters of 1,000 particles of 300 features: a matrix for each would be 2.7 GiB, and there are several."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_FEATURES],
+        env=os.environ | {"PYTHONPATH": "tests"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(done.stdout) < 600  # MiB

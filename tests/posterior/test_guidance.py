@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from probdiff.posterior import guidance
 from probdiff.posterior.guidance import GuidedLinearGaussian, GuidedSmooth
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -54,7 +55,8 @@ def test_laplace_of_a_gaussian_likelihood_is_the_linear_form():
 def test_draws_by_matherons_rule_are_of_the_conditioned_normal():
     n = 4000
     means = np.repeat(MEANS[:1], n, 0)
-    draws, log_w = jax.jit(lambda m: linear().propose_x_0(m, jnp.asarray(F), jax.random.key(0)))(means)
+    factors = np.tile(F, (n, 1, 1))
+    draws, log_w = jax.jit(lambda m, F: linear().propose_x_0(m, F, jax.random.key(0)))(means, factors)
     log_p, shift, reduction = exact()
     np.testing.assert_allclose(log_w, log_p[0], rtol=1e-10)
     cov = F @ F.T - reduction
@@ -62,3 +64,21 @@ def test_draws_by_matherons_rule_are_of_the_conditioned_normal():
     assert np.all(np.abs(z) < stats.norm.isf(FAILURE / 10))
     error = np.sqrt((np.outer(np.diag(cov), np.diag(cov)) + cov**2) / n)
     assert np.all(np.abs(np.cov(draws, rowvar=False) - cov) < stats.norm.isf(FAILURE / 10) * error)
+
+
+def test_blocks_of_particles_give_what_all_give_at_once(monkeypatch):
+    """Three at a time, of seven, whose factors are diagonal; for every kind of likelihood."""
+    rng = np.random.default_rng(0)
+    mean, scale, key = rng.normal(size=(7, 2)), jnp.asarray(rng.uniform(0.5, 2, size=(7, 2))), jax.random.key(0)
+    datum = {"y": jnp.asarray(Y)}
+    missing = guidance.GuidedMissing(jnp.array([0.4, 0.0]), jnp.array([True, False]), jnp.array(0.3))
+    kinds = (linear(), missing, GuidedSmooth(datum, log_g), guidance.GuidedBlackBox(datum, log_g))
+    for likelihood in kinds:
+        at_once = jax.jit(lambda m, s, g=likelihood: g.propose_x_0(m, s, key))(mean, scale)
+        as_matrices = jax.jit(lambda m, s, g=likelihood: g.propose_x_0(m, guidance.as_matrix(s), key))(mean, scale)
+        with monkeypatch.context() as patch:
+            patch.setattr(guidance, "_MOST_NUMBERS", 12)
+            in_blocks = jax.jit(lambda m, s, g=likelihood: g.propose_x_0(m, s, key))(mean, scale)
+        for found in (as_matrices, in_blocks):
+            for values, wanted in zip(found, at_once, strict=True):
+                np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-5)
