@@ -1,7 +1,6 @@
 """The forward chain q and the reverse chain p as NumPyro programs.
 
-Each method of `GaussianDiffusion` and `BinomialDiffusion` below is a NumPyro program: give it to `SVI`, `Predictive`,
-`handlers.trace` or any other tool of NumPyro.
+Each method of a diffusion is a NumPyro program: give it to `SVI`, `Predictive`, `handlers.trace` or any other tool.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from probdiff.families import compiled
 from probdiff.families.base import Family, ForwardStep, as_state, in_form_of, state_dtype
 from probdiff.families.binomial import Binomial
 from probdiff.families.gaussian import Covariance, Gaussian
+from probdiff.identity import ByValue
 from probdiff.locks import LOCK
 from probdiff.networks.residual_mlp import Recipe
 from probdiff.noncentred import ancestral
@@ -35,7 +35,7 @@ from probdiff.types import Event, Key, Params, Time
 
 
 @dataclass(frozen=True, eq=False)
-class Diffusion:
+class Diffusion(ByValue):
     """The pair of chains q (N3, N5) and p (N7, N8, N13) over x_0…x_T of any family.
 
     `network` is a recipe such as `networks.ResidualMLP()` or an Equinox module with the signature that

@@ -9,7 +9,7 @@ import probdiff
 
 # the rooms from top to bottom; those of one floor do not know of each other
 FLOORS = [
-    ["types", "progress"],
+    ["types", "progress", "identity"],
     ["checks", "files", "psis", "blocks", "locks"],
     ["datasets"],
     ["schedules", "networks"],
