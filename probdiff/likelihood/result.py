@@ -9,6 +9,8 @@ import xarray as xr
 from jaxtyping import Float
 from scipy.special import logsumexp
 
+from probdiff.checks import check_count
+
 Kind = Literal["lower bound", "upper bound", "estimate", "exact"]
 
 
@@ -31,6 +33,18 @@ class LogLikelihood:
     @property
     def mean(self) -> Any:
         return self.values.mean(-1)
+
+    def bits_per_dim(self, num_features: int, bin_width: float = 1.0) -> Any:
+        """−(mean + D·log w)/(D·log 2): bits to a feature for the bins of width w that dequantised data lie in.
+
+        Of a lower bound of the density it is an upper bound of the bits that a code takes (Theis, van den Oord and
+        Bethge 2016). `num_features` is D and `bin_width` w in the data's units: 1 for integers, 1/256 for bytes
+        that were scaled to [0, 1). A float, or (C,). Raises `ValueError` for a D or a w that is not positive.
+        """
+        check_count(num_features, "num_features", 1)
+        if not 0 < bin_width < np.inf:
+            raise ValueError(f"bin_width is {bin_width}; it must be positive and finite")
+        return -(self.mean / num_features + np.log(bin_width)) / np.log(2)
 
     @property
     def mcse(self) -> Any:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -145,16 +146,12 @@ def _check_function(log_g: _InChainUnits, data: Any, fit: Fit, rng_key: Key, smo
     first = jax.tree.map(lambda leaf: leaf[0], data)
     arguments = draws[0].astype(z.dtype), jax.tree.map(np.asarray, first["y"])
     _check_call(log_g.function, arguments if log_g.takes_data else arguments[:1])
-
-    def at_draws(function: Callable[..., Any]) -> np.ndarray:
-        return np.asarray(jax.vmap(jax.vmap(function, (0, None)), (None, 0))(z, data))
-
     try:
         result = jax.eval_shape(log_g.stated, z[0], first)
         if not isinstance(result, jax.ShapeDtypeStruct) or result.shape:
             given = f"shape {result.shape}" if isinstance(result, jax.ShapeDtypeStruct) else "no array"
             raise ValueError(f"likelihood gives {given}; it must give a number")
-        values = at_draws(log_g.stated)
+        values = np.asarray(_values(log_g, z, data))
     except (
         jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError, NotImplementedError
     ) as error:  # fmt: skip
@@ -172,8 +169,7 @@ def _check_function(log_g: _InChainUnits, data: Any, fit: Fit, rng_key: Key, smo
             )
     if smooth:
         try:
-            jax.eval_shape(jax.hessian(log_g), z[0], first)
-            gradients = at_draws(jax.grad(log_g))
+            gradients = np.asarray(_gradients(log_g, z, data))
         except Exception as error:
             why = (str(error) or repr(error)).splitlines()[0]
             raise TypeError(
@@ -183,6 +179,19 @@ def _check_function(log_g: _InChainUnits, data: Any, fit: Fit, rng_key: Key, smo
             raise ValueError(
                 "likelihood has a gradient of NaN at draws from the prior; give it as BlackBox(likelihood)"
             )
+
+
+@partial(jax.jit, static_argnums=0)
+def _values(log_g: _InChainUnits, z: Float[Any, "S D"], data: Any) -> Float[Any, "N S"]:
+    """What the function gives for each datum at each draw."""
+    return jax.vmap(jax.vmap(log_g.stated, (0, None)), (None, 0))(z, data)
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradients(log_g: _InChainUnits, z: Float[Any, "S D"], data: Any) -> Float[Any, "N S D"]:
+    """Its gradients; raises while it is traced where a second derivative cannot be had."""
+    jax.eval_shape(jax.hessian(log_g), z[0], jax.tree.map(lambda leaf: leaf[0], data))
+    return jax.vmap(jax.vmap(jax.grad(log_g), (0, None)), (None, 0))(z, data)
 
 
 def _check_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

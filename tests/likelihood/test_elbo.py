@@ -110,3 +110,14 @@ def test_time_probs_of_terms_without_a_mean_square_are_even(size, monkeypatch):
     d, x = linear_diffusion("diagonal"), jnp.zeros((4, 2))
     found = times.time_probs(d, random_linear(d), x, 4, jax.random.key(0))
     np.testing.assert_allclose(found, 1 / d.num_timesteps, rtol=1e-5)
+
+
+def test_bits_per_dim_of_even_bytes_are_eight():
+    """As integers from 0 to 255, and scaled to [0, 1), whose bins are narrower."""
+    as_integers = result.LogLikelihood(np.full(5, -3 * np.log(256)), np.zeros(5), "lower bound")
+    scaled = result.LogLikelihood(np.zeros((2, 5)), np.zeros((2, 5)), "lower bound")
+    assert as_integers.bits_per_dim(3) == pytest.approx(8)
+    np.testing.assert_allclose(scaled.bits_per_dim(3, bin_width=1 / 256), [8, 8])
+    for arguments, words in (((0,), "num_features is 0"), ((3, 0.0), "bin_width is 0.0")):
+        with pytest.raises(ValueError, match=words):
+            scaled.bits_per_dim(*arguments)
