@@ -212,7 +212,7 @@ def test_bits_stay_as_they_are():
     trace = trace_of(fit.prior())
     assert list(trace) == ["x_3", "x_2", "x_1", "x_0"]
     assert handlers.seed(fit.prior(), 0)().dtype == jnp.uint8
-    with pytest.raises(ValueError, match="stacked=True is for Gaussian chains"):
+    with pytest.raises(ValueError, match="stacked=True is for chains of numbers"):
         trace_of(fit.prior(), stacked=True)
 
 

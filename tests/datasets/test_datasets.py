@@ -37,6 +37,7 @@ def test_swiss_roll_density_is_the_quadrature_of_its_definition(noise):
         assert value == pytest.approx(np.log(total / (high - low) * np.prod(std)), abs=1e-8)
 
 
+@pytest.mark.slow
 def test_swiss_roll_has_unit_variance_and_the_density_it_says():
     roll = datasets.SwissRoll(0.5)
     x = np.asarray(roll.sample(KEY, 100_000), np.float64)

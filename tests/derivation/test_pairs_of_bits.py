@@ -435,6 +435,7 @@ def test_moments_of_a_mixture_are_those_of_enumeration():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_sum_over_all_paths_and_its_gradient_are_those_of_the_closed_form():
     d, params = small(2)
     every = jnp.asarray(all_bits(2))
