@@ -270,11 +270,11 @@ def train(
         first_check, progress = checkpoints.restore(progress)
     bar = progress_of(
         total=settings.num_steps,
+        initial=min(first_check * settings.check_every, settings.num_steps),
         show=progress_bar and jax.process_index() == 0,
         unit="step",
         desc="fit",
     )
-    bar.update(min(first_check * settings.check_every, settings.num_steps))
     state, average = devices.place((progress["state"], progress["average"]), mesh, "chain")
     batch_keys = devices.place(batch_keys, mesh, "chain")
     buffers = _buffers(x, settings, first_check, mesh)
