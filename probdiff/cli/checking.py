@@ -44,7 +44,7 @@ def check(
             params = derivation.typical_params(d, key_params)
         else:
             d, data_split = prepared
-            fitted = opened.load(d, prepared[1])
+            fitted = opened.load(d, data_split)
             fitted = fitted.chain(fitted.best if chain is None else chain)
             x, params = fitted.standardise(data_split.test), fitted.params
         ledger = derivation.check(

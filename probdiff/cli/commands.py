@@ -189,7 +189,9 @@ def impute(
     )
     tree = out.with_name(f"{out.stem}-draws.nc")
     with atomic_write(out) as file:
-        frame.astype(dict.fromkeys(data_split.whole, int)).to_csv(file, index=False)
+        # known cells stay as they are, also where they are no integers
+        integers = [name for name in data_split.whole if (frame[name] == np.floor(frame[name])).all()]
+        frame.astype(dict.fromkeys(integers, int)).to_csv(file, index=False)
     with atomic_write(tree) as file:
         dt.to_netcdf(file, engine="h5netcdf")
     least = dt["evidence"].dataset["effective_draws"].to_numpy().min()

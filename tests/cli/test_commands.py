@@ -71,6 +71,9 @@ def test_impute_fills_the_empty_cells_alone(probdiff, own):
     assert (filled.groupby("row").nunique().loc[4, features] > 3).all()
     assert (filled["count"] == filled["count"].round()).all()
     assert (filled["weight"] != filled["weight"].round())[filled["row"].isin([1, 4])].all()
+    table.assign(count=table["count"] + 0.5).to_csv("halves.csv", index=False)
+    assert not probdiff("impute", own, "halves.csv", "-m", 7, "--num-particles", 100)[0]
+    assert (pd.read_csv(own / "halves-imputed.csv")["count"][:7] == table["count"][0] + 0.5).all()
     dt = az.from_netcdf(own / "holes-imputed-draws.nc")
     assert dict(dt["posterior"].dataset.sizes) == {"chain": 8, "draw": 100, "datum": 3, "feature": 4}
     for group in ("posterior", "filters", "evidence", "observed_data"):
