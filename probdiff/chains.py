@@ -291,11 +291,6 @@ class Diffusion(ByValue):
             return plate, x_0 if subsample_size is None else x_0[index]
 
 
-def to_chain(d: Diffusion, x: np.ndarray, loc: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """x in the chain's own units, (x − loc)/scale."""
-    return ((x - loc) / scale).astype(state_dtype(d.family))
-
-
 @dataclass(frozen=True, eq=False)
 class GaussianDiffusion(Diffusion):
     """A Gaussian diffusion: q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t·I), N3; the programs are `Diffusion`'s.

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +13,10 @@ from numpyro.distributions import constraints
 
 from probdiff.types import Key
 
-_MOST_OF_BULK = 2.5  # standard deviations of the bulk in that of all
-_EXTREME = 75.0  # and at least one value this many of those away
-_FINEST = 1e-3  # of a standard deviation, between neighbouring numbers
+
+def warn(message: str) -> None:
+    """Warns, at the line outside of this package that called it."""
+    warnings.warn(message, skip_file_prefixes=(str(Path(__file__).parent),))
 
 
 def check_key(rng_key: Key | None) -> Key:
@@ -54,10 +56,11 @@ def feature_names(x: Any, name: str) -> tuple[str, ...] | None:
     return names
 
 
-def frame_values(x: Any, name: str, features: Sequence[str] | None = None) -> Any:
+def frame_values(x: Any, name: str, features: Sequence[str] | None = None, integers: bool = True) -> Any:
     """The numbers of a data frame as an array, its columns in the order of `features`; what is no frame, as it is.
 
-    Raises `ValueError` for columns that are not those of `features`, and `TypeError` for one that holds no numbers.
+    Raises `ValueError` for columns that are not those of `features`, and `TypeError` for one that holds no numbers, or
+    integers where they are not to be.
     """
     names = feature_names(x, name)
     if names is None:
@@ -74,6 +77,8 @@ def frame_values(x: Any, name: str, features: Sequence[str] | None = None) -> An
     for column, label in zip(columns, wanted, strict=True):
         if not is_numeric_dtype(column):
             raise TypeError(f"column {label!r} of {name} has dtype {column.dtype}; it must hold numbers")
+        if not integers and _numpy_dtype(column.dtype).kind in "biu":
+            raise TypeError(f"column {label!r} of {name} has {_no_floats(_numpy_dtype(column.dtype))}")
     arrays = [
         column.to_numpy(np.float64, na_value=np.nan) if column.hasnans else column.to_numpy(_numpy_dtype(column.dtype))
         for column in columns
@@ -105,10 +110,7 @@ def check_data(
             f"{name} has shape {array.shape}; this diffusion wants (N, {', '.join(map(str, event_shape))})"
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):  # bfloat16 too
-        raise TypeError(
-            f"{name} has dtype {array.dtype}; a density wants floating-point data: dequantise integers "
-            "(datasets.dequantise, --dequantise), or convert what is not counted with astype(float)"
-        )
+        raise TypeError(f"{name} has {_no_floats(array.dtype)}")
     if len(array) < minimum:
         raise ValueError(f"{name} has {len(array)} row(s); it must have at least {minimum}")
     rows, columns = np.nonzero(~np.isfinite(array.reshape(len(array), -1)))
@@ -119,6 +121,15 @@ def check_data(
             f"and column(s) {some(names)}"
         )
     return array.astype(np.float64)
+
+
+def _no_floats(dtype: np.dtype) -> str:
+    said = f"dtype {dtype}; a density wants floating-point data"
+    if dtype.kind not in "biu":
+        return said
+    return (
+        f"{said}: dequantise integers (datasets.dequantise, --dequantise), or convert what is no count by astype(float)"
+    )
 
 
 def described(support: constraints.Constraint) -> str:
@@ -149,7 +160,7 @@ def check_support(
             "'x': path}) of numpyro.infer.util, or Trace_ELBO().loss(rng_key, params, d.reverse, d.forward, x_0)"
         )
     features = feature_names(x, name) if features is None else features
-    x = frame_values(x, name, features)
+    x = frame_values(x, name, features, integers=support.is_discrete)
     if not support.is_discrete:
         return check_data(x, event_shape, name, minimum, features)
     array = np.asanyarray(x)
@@ -185,43 +196,6 @@ def check_varies(x: np.ndarray, name: str, features: Sequence[str] | None = None
         names = [features[i] if features else str(i) for i in constant.tolist()]
         raise ValueError(
             f"{name} has the same value in every row of feature(s) {some(names)}; leave constant features out"
-        )
-
-
-def warn_of_units(x: np.ndarray, loc: np.ndarray, scale: np.ndarray, features: Sequence[str] | None = None) -> None:
-    """Warns of features of x (N, *event_shape) that a mean and a standard deviation are poor units for.
-
-    Those with values so far out that the standard deviation is several times that of the bulk, the normal of the same
-    quantiles of 5 and 95 %; and in single precision those so far from zero that neighbouring numbers are far apart.
-    """
-    flat, loc, scale = x.reshape(len(x), -1), loc.ravel(), scale.ravel()
-    names = np.array([str(i) for i in range(flat.shape[1])] if features is None else list(features))
-    low, median, high = np.quantile(flat, [0.05, 0.5, 0.95], axis=0)
-    bulk = (high - low) / (2 * 1.645)
-    extreme = np.abs(flat - median).max(0)
-    outlying = np.flatnonzero((bulk > 0) & (scale > _MOST_OF_BULK * bulk) & (extreme > _EXTREME * bulk))
-    if outlying.size:
-        i = outlying[np.argmax(scale[outlying] / bulk[outlying])]
-        share = np.mean(np.abs(flat[:, i] - median[i]) > 5 * bulk[i])
-        warnings.warn(
-            f"feature(s) {some(names[outlying])} have outlying values or heavy tails: in '{names[i]}', {share:.2g} of "
-            f"the rows are far outside, and the standard deviation, {scale[i]:.3g}, which is the chain's unit, is "
-            f"{scale[i] / bulk[i]:.3g} times that of the bulk of the rows, which is fitted poorly in such a unit. Look "
-            "at these rows, or fit a logarithm or an arcsinh of the feature",
-            stacklevel=3,
-        )
-    if jnp.result_type(float) == jnp.float64:
-        return
-    spacing = np.spacing(np.abs(loc).astype(np.float32)).astype(np.float64)
-    coarse = np.flatnonzero(spacing > _FINEST * scale)
-    if coarse.size:
-        i = coarse[np.argmax(spacing[coarse] / scale[coarse])]
-        warnings.warn(
-            f"feature(s) {some(names[coarse])} lie far from zero for single precision: '{names[i]}' has mean "
-            f"{loc[i]:.6g} and standard deviation {scale[i]:.3g}, and neighbouring numbers there are {spacing[i]:.2g} "
-            "apart, in what fit.prior() returns and in what a function that is given as a likelihood gets. Subtract an "
-            'origin, or jax.config.update("jax_enable_x64", True) before the fit',
-            stacklevel=3,
         )
 
 

@@ -12,13 +12,14 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.spatial.distance import cdist
 
-from probdiff.chains import Diffusion, to_chain
+from probdiff.chains import Diffusion
 from probdiff.checks import check_count
 from probdiff.likelihood.elbo import elbo_draws
 from probdiff.likelihood.paths import log_importance_weights
 from probdiff.psis import k_threshold, pareto_k
 from probdiff.sampling import forward_draws, noise_levels, one_fit, reverse_draws
 from probdiff.types import Key, Params
+from probdiff.units import to_chain
 
 _LEVEL = 0.01  # of the bands and of the verdict
 

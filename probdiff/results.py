@@ -13,7 +13,7 @@ import xarray as xr
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from probdiff.chains import Diffusion, to_chain
+from probdiff.chains import Diffusion
 from probdiff.checks import check_count, check_key, some
 from probdiff.diagnostics import to_datatree
 from probdiff.families.base import family_options
@@ -27,6 +27,7 @@ from probdiff.likelihood.smc import smc
 from probdiff.sampling import in_precision, noise_levels, one_fit, reverse_draws
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Event, Key, Params
+from probdiff.units import to_chain, warn_of_precision
 
 Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
 
@@ -95,8 +96,8 @@ class Fit:
 
     def chain(self, c: int) -> "Fit":
         """One of several independent fits. Raises `ValueError` where there is no fit c."""
-        if not 0 <= c < self.num_chains:
-            raise ValueError(f"c is {c}; this fit has chains 0 to {self.num_chains - 1}")
+        if c not in range(self.num_chains):
+            raise ValueError(f"c is {c!r}; this fit has chains 0 to {self.num_chains - 1}")
         part = slice(c, c + 1)
         return replace(
             self,
@@ -126,13 +127,15 @@ class Fit:
     def prior(self) -> Callable[..., Event]:
         """p(x_0) as a NumPyro program that returns x in the data's own units, its sites in the chain's.
 
-        See `Diffusion.prior`. Raises `ValueError` where there are several chains.
+        See `Diffusion.prior`. Warns of features too far from zero for single precision. Raises `ValueError` where there
+        are several chains.
         """
         if self.num_chains > 1:
             raise ValueError(f"this fit has {self.num_chains} chains; choose one, such as fit.chain(fit.best).prior()")
         program = self.diffusion.prior(self.params)
         if self.diffusion.family.support.is_discrete:  # bits have no units
             return program
+        warn_of_precision(self.loc, self.scale, self.features)
         return lambda *, stacked=False: self.loc + self.scale * program(stacked=stacked)
 
     def elbo_parts(self, x: ArrayLike, *, rng_key: Key, num_draws: int = 8) -> ELBOParts:
@@ -297,7 +300,7 @@ class Fit:
 
     def standardise(self, x: ArrayLike, name: str = "x") -> np.ndarray:
         """x in the chain's own units, checked."""
-        return to_chain(self.diffusion, self.checked(x, name), self.loc, self.scale)
+        return to_chain(self.diffusion, self.checked(x, name), self.loc, self.scale, name)
 
     def _standardise_paths(self, x: ArrayLike) -> np.ndarray:
         """x_0…x_T in the chain's own units, (C, N, T+1, *event_shape), checked."""

@@ -7,7 +7,6 @@ import pytest
 from numpyro.distributions import constraints
 
 from probdiff import checks
-from probdiff.checks import warn_of_units
 
 KEY = jax.random.key(0)
 DIGITS = constraints.integer_interval(0, 9)
@@ -58,6 +57,7 @@ def test_data_are_float64(x):
         (np.ones((4, 3)), ValueError, r"x has shape \(4, 3\)"),
         (np.ones((4, 2, 1)), ValueError, r"x has shape \(4, 2, 1\)"),
         (np.ones((4, 2), int), TypeError, "x has dtype int64; .* dequantise integers"),
+        (np.ones((4, 2), complex), TypeError, "x has dtype complex128; a density wants floating-point data$"),
         (np.ones((4, 2), bool), TypeError, "x has dtype bool"),
         (np.array([["a", "b"]]), TypeError, "x has dtype <U1"),
         (np.ones((1, 2)), ValueError, r"x has 1 row\(s\); it must have at least 2"),
@@ -134,46 +134,3 @@ def test_some_are_five_and_how_many_more():
     assert checks.some(["a", "b"]) == "a, b"
     assert checks.some(np.arange(5)) == "0, 1, 2, 3, 4"
     assert checks.some(np.arange(7)) == "0, 1, 2, 3, 4 and 2 more"
-
-
-def draws_of(name):
-    rng = np.random.default_rng(0)
-    return {
-        "normal": lambda: rng.normal(size=5000),
-        "t of 3 degrees": lambda: rng.standard_t(3, 5000),
-        "exponential": lambda: rng.exponential(size=5000),
-        "two values": lambda: rng.integers(0, 2, 5000) + 1e-3 * rng.normal(size=5000),
-        "ink of a pixel": lambda: 16 * (rng.uniform(size=5000) < 0.03) + rng.uniform(size=5000),
-        "a few rows at 1e8": lambda: np.append(rng.normal(size=4995), 1e8 + rng.normal(size=5)),
-        "log-normal": lambda: np.exp(2 * rng.normal(size=5000)),
-        "Cauchy": lambda: rng.standard_cauchy(5000),
-        "years": lambda: rng.normal(2000, 10, 5000),
-        "times of a day": lambda: 1_764_000_000 + rng.uniform(0, 86_400, 5000),
-    }[name]()
-
-
-@pytest.mark.parametrize("name", ["normal", "t of 3 degrees", "exponential", "two values", "ink of a pixel", "years"])
-def test_units_that_serve_are_not_spoken_of(name):
-    x = draws_of(name)[:, None]
-    warn_of_units(x, x.mean(0), x.std(0))
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("a few rows at 1e8", r"feature\(s\) dose have outlying values .* 0\.001 of the rows .* Look at these rows"),
-        ("log-normal", "have outlying values or heavy tails: in 'dose', 0.0"),
-        ("Cauchy", "have outlying values or heavy tails"),
-        ("times of a day", r"'dose' has mean 1\.76404e\+09 and standard deviation 2\.5e\+04, .* are 1\.3e\+02 apart"),
-    ],
-)
-def test_units_that_serve_badly_are(name, words):
-    x = np.stack([draws_of("normal"), draws_of(name)], axis=1)
-    with pytest.warns(UserWarning, match=words):
-        warn_of_units(x, x.mean(0), x.std(0), ["height", "dose"])
-
-
-@pytest.mark.usefixtures("x64")
-def test_double_precision_is_fine_enough_for_times():
-    x = draws_of("times of a day")[:, None]
-    warn_of_units(x, x.mean(0), x.std(0))

@@ -16,7 +16,7 @@ FLOORS = [
     ["families"],
     ["at_time", "noncentred"],
     ["chains"],
-    ["sampling", "reference"],
+    ["sampling", "reference", "units"],
     ["likelihood"],
     ["diagnostics"],
     ["plots", "results"],

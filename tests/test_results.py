@@ -408,6 +408,11 @@ def bad(x, row, column, value):
         (lambda x: np.hstack([x, x]), ValueError, r"x has shape \(2000, 4\); this diffusion wants \(N, 2\)"),
         (lambda x: x[:, 0], ValueError, r"x has shape \(2000,\)"),
         (lambda x: x.round().astype(int), TypeError, "x has dtype int64.*dequantise"),
+        (
+            lambda x: pd.DataFrame(x, columns=NAMES).astype({"age": int}),
+            TypeError,
+            "column 'age' of x has dtype int64.*d",
+        ),
         (lambda x: x[:0], ValueError, r"x has 0 row\(s\)"),
         (lambda x: x[:1], ValueError, r"x has 1 row\(s\); it must have at least 2"),
         (lambda x: x * [1.0, 0.0] + 3, ValueError, r"same value in every row of feature\(s\) 1"),
@@ -437,6 +442,14 @@ def test_bad_arguments_are_refused(x, single):
         small(validation=x[:, :1])(x)
     with pytest.raises(ValueError, match=r"validation is 1\.5; it must be data, or a share"):
         small(validation=1.5)(x)
+    with pytest.raises(ValueError, match=r"validation is '0\.2'; it must be data, or a share"):
+        small(validation="0.2")(x)
+    with pytest.raises(TypeError, match=r"d is <class .*; it must be a diffusion"):
+        probdiff.fit(probdiff.GaussianDiffusion, x, rng_key=KEY)
+    with pytest.raises(ValueError, match=r"x has entries in row\(s\) 1 more than 3e\+15 standard deviations from"):
+        single.log_likelihood(np.array([[0.0, 0.0], [0.0, 1e20]]), rng_key=KEY)
+    with pytest.raises(ValueError, match=r"c is 0\.5"):
+        single.chain(0.5)
     with pytest.raises(TypeError, match="num_step"):
         probdiff.fit(d, x, rng_key=KEY, num_step=3)
     with pytest.raises(ValueError, match="method is 'nuts'; it must be one of elbo, iwae"):

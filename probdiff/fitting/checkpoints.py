@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from probdiff.checks import warn
 from probdiff.files import atomic_write, check_space
 from probdiff.fitting.devices import from_first_process
 from probdiff.fitting.streams import Stream
@@ -170,7 +170,7 @@ class Checkpoints:
                 held = self._manager.restore(check, args=self._ocp.args.StandardRestore())
                 return check, [np.asarray(held[name]) for name in sorted(held)]
             if finished:
-                warnings.warn(f"checkpoint {check} in {self._directory} is damaged; an older one is used", stacklevel=5)
+                warn(f"checkpoint {check} in {self._directory} is damaged; an older one is used")
             self._manager.delete(check)
         return 0, None
 

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import pickle
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from probdiff.checks import warn
 
 AXES = ("chain", "data")
 OF_FIRST = "raised in the first process"
@@ -37,10 +38,9 @@ def choose_mesh(mesh: Mesh | None, num_chains: int, batch_size: int) -> Mesh | N
                     f"{wanted} of {jax.process_count()} processes batch_size must be a multiple of "
                     f"{len(devices) // groups}"
                 )
-            warnings.warn(
+            warn(
                 f"{wanted} to be used batch_size must be a multiple of {len(devices) // groups}; "
-                f"{groups * shares} are used",
-                stacklevel=4,
+                f"{groups * shares} are used"
             )
         mesh = Mesh(np.array(devices[: groups * shares]).reshape(groups, shares), AXES)
     if not isinstance(mesh, Mesh) or not set(mesh.axis_names) <= set(AXES):

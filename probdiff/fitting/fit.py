@@ -11,14 +11,15 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
-from probdiff.chains import Diffusion, to_chain
-from probdiff.checks import check_key, check_varies, described, feature_names, warn_of_units
+from probdiff.chains import Diffusion
+from probdiff.checks import check_key, described, feature_names
 from probdiff.datasets.named import split
 from probdiff.fitting.loop import Objective, Settings, Times, train
 from probdiff.fitting.streams import Stream
 from probdiff.results import Fit
 from probdiff.sampling import in_precision, one_fit
 from probdiff.types import Key, Params
+from probdiff.units import to_chain, units, warn_of_precision
 
 _ROWS_PER_FEATURE = 100  # fewer are few
 _HELD_OUT = 0.15
@@ -52,14 +53,14 @@ def fit(
 
     x (N, *event_shape), in the data's own units; of a data frame (N, D) the fit keeps the names. For a Gaussian
     chain x is floating-point, and the chain runs on x less its mean and over its standard deviation, each feature
-    apart; a `streams.stream` of a file stands for rows that do not fit in memory. For a binomial chain it is bits,
-    0 or 1 of any dtype, which stay as they are. `batch_size` is 512, and at most the rows that are fitted.
-    `num_chains` independent fits run side by side. Among several devices, those of `mesh` or else all, fits and
-    batches are shared out over the mesh's axes "chain" and "data"; see `devices.choose_mesh`. Several processes
-    must be given the same arguments, all of x too. `validation` is data (M, *event_shape) on which the best params
-    are chosen, or the share of x to hold out for that, 0 for none. The gradient is clipped to a norm of
-    `gradient_clip`, 1, and Adam's steps fall from `learning_rate`, 2e-3, to zero; `optimizer`, such as
-    `optax.adamw(1e-3)` or an optimiser of NumPyro, takes the place of both.
+    apart, or robust `units` where values lie far out; a `streams.stream` of a file stands for rows that do not fit in
+    memory. For a binomial chain it is bits, 0 or 1 of any dtype, which stay as they are. `batch_size` is 512, and at
+    most the rows that are fitted. `num_chains` independent fits run side by side. Among several devices, those of
+    `mesh` or else all, fits and batches are shared out over the mesh's axes "chain" and "data"; see
+    `devices.choose_mesh`. Several processes must be given the same arguments, all of x too. `validation` is data
+    (M, *event_shape) on which the best params are chosen, or the share of x to hold out for that, 0 for none. The
+    gradient is clipped to a norm of `gradient_clip`, 1, and Adam's steps fall from `learning_rate`, 2e-3, to zero;
+    `optimizer`, such as `optax.adamw(1e-3)` or an optimiser of NumPyro, takes the place of both.
 
     `init` is a fit of the same diffusion to start from, of one chain or of `num_chains`, whose units are kept, so that
     the start is that fit itself: to go on for longer, with other options, or on other data.
@@ -74,6 +75,8 @@ def fit(
     Warns of features with outlying values or heavy tails, and of those too far from zero for single precision.
     Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
     """
+    if not isinstance(d, Diffusion):
+        raise TypeError(f"d is {d!r}; it must be a diffusion, such as probdiff.GaussianDiffusion(...)")
     if not isinstance(init, Fit | None):
         raise TypeError(f"init is {init!r}; it must be a fit, or None")
     if isinstance(x, Stream):
@@ -99,10 +102,9 @@ def fit(
         data, held_out = x.standardised(loc, scale), _held_out_of_stream(d, x, validation, features)
     else:
         loc, scale = units(d, x, features) if init is None else (init.loc, init.scale)
-        if not d.family.support.is_discrete:
-            warn_of_units(x, loc, scale, features)
         kept, held_out = _hold_out(d, x, validation, rng_key, features)
         data = to_chain(d, kept, loc, scale)
+    warn_of_precision(loc, scale, features)
     patience = 20 if few and held_out is not None and patience is None else patience
     if patience is not None and held_out is None:
         raise ValueError("patience wants validation data to watch; pass validation=")
@@ -126,7 +128,7 @@ def fit(
         rng_key=rng_key,
         units=(loc, scale),
         init=None if init is None else _start_of(init, d, num_chains),
-        validation=None if held_out is None else to_chain(d, held_out, loc, scale),
+        validation=None if held_out is None else to_chain(d, held_out, loc, scale, "validation"),
         checkpoint_dir=checkpoint_dir,
         resume=resume,
         progress_bar=progress_bar,
@@ -189,21 +191,10 @@ def _hold_out(
         return data, None
     if np.ndim(validation):
         return data, d.checked(validation, "validation", features=features)
-    share = float(np.asarray(validation))
+    share = float(validation) if isinstance(validation, int | float | np.number) else math.nan
     if not 0 <= share < 1:
-        raise ValueError(f"validation is {share}; it must be data, or a share of x from 0 to less than 1")
+        raise ValueError(f"validation is {validation!r}; it must be data, or a share of x from 0 to less than 1")
     if share == 0:
         return data, None
     parts = split(data, (), jax.random.fold_in(rng_key, 1), share)
     return parts.train, parts.test
-
-
-def units(d: Diffusion, x: np.ndarray, features: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Where the chain's own units have zero and one: mean and standard deviation of each feature of x.
-
-    What is discrete stays as it is. Raises `ValueError` for a feature that does not vary.
-    """
-    if d.family.support.is_discrete:
-        return np.zeros(d.event_shape), np.ones(d.event_shape)
-    check_varies(x, "x", features)
-    return x.mean(0), x.std(0)

@@ -1,6 +1,5 @@
 """The reverse chain as a prior p(x_0): posteriors, evidence and conditional densities by weighted particles."""
 
-import warnings
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -14,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from probdiff.blocks import padded_blocks
 from probdiff.chains import GaussianDiffusion
-from probdiff.checks import check_count, check_key, some
+from probdiff.checks import check_count, check_key, some, warn
 from probdiff.likelihood.result import LogLikelihood, log_mean
 from probdiff.posterior.filters import Filtered, filters, spread
 from probdiff.posterior.observations import Likelihood, Missing, prepare
@@ -178,7 +177,9 @@ def _features(features: Sequence[int | str], name: str, fit: Fit) -> list[int]:
     wrong = array.ndim != 1 or (array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= size))
     if wrong or len(np.unique(array)) < len(array):
         by_name = ", or of names" * bool(names)
-        raise ValueError(f"{name} is {features}; it must be a list of different integers from 0 to {size - 1}{by_name}")
+        raise ValueError(
+            f"{name} is {features!r}; it must be a list of different integers from 0 to {size - 1}{by_name}"
+        )
     return [int(f) for f in array]
 
 
@@ -251,12 +252,11 @@ def _warn_of_collapse(result: Filtered, evidence: LogLikelihood, names: np.ndarr
     bad = np.flatnonzero((least < _LEAST_PARTICLES) | ~(error_of_one < 1) | dead)
     if bad.size:
         worst = bad[np.argmin(least[bad])]
-        warnings.warn(
+        warn(
             f"the weights of {bad.size} of {len(least)} posteriors have collapsed, in row(s) {some(names[bad])}; worst "
             f"in row {names[worst]}: {least[worst]:.1f} effective particles of {S}, k̂ = {k[worst]:.2f} (safe to "
             f"{limit:.2f}), log evidence ± {evidence.values_mcse[worst]:.2g}. Its draws are not to be relied on: the "
-            "observation may be nearly impossible under the prior; more particles may help",
-            stacklevel=4,
+            "observation may be nearly impossible under the prior; more particles may help"
         )
 
 

@@ -23,6 +23,7 @@ from probdiff.posterior.guidance import (
 )
 from probdiff.results import Fit
 from probdiff.types import Key
+from probdiff.units import to_chain, warn_of_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,22 +76,25 @@ def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[
     if isinstance(likelihood, Missing):
         x = _known(fit, likelihood.x)
         known = ~np.isnan(x)
-        y = np.where(known, (x - loc) / scale, 0.0)
+        z = to_chain(fit.diffusion, x.reshape(-1, *fit.loc.shape), fit.loc, fit.scale).reshape(x.shape)
+        y = np.where(known, z, 0.0)
         constant = np.sum(np.where(known, -np.log(scale), 0.5 * np.log(2 * np.pi)), 1)
         floats = (jnp.asarray(a, jnp.result_type(float)) for a in (y, constant))
         return GuidedMissing(next(floats), jnp.asarray(known), next(floats)), x
     if isinstance(likelihood, LinearGaussian):
-        y, A, noise = _linear(likelihood, len(loc))
-        arrays = _sufficient(y - A @ loc, A * scale, noise)
+        arrays = _sufficient(*_linear(likelihood, loc, scale))
         return GuidedLinearGaussian(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays)), None
     function = likelihood.log_likelihood if isinstance(likelihood, BlackBox) else likelihood
     if not callable(function) or isinstance(function, dist.Distribution):
         raise TypeError(
             f"likelihood is {likelihood!r}; it must be LinearGaussian, Missing, BlackBox or a function of x_0"
         )
+    warn_of_precision(fit.loc, fit.scale, fit.features)
     units = jnp.asarray(fit.loc), jnp.asarray(fit.scale)
     log_g = _InChainUnits(function, data is not None, *units)
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
+    if wrong := [dtype for leaf in jax.tree.leaves(data) if (dtype := np.asarray(leaf).dtype).kind not in "biufcV"]:
+        raise TypeError(f"data has a leaf of dtype {wrong[0]}; numbers are wanted")
     if data is not None and (len(sizes) != 1 or sizes <= {(), (0,)}):
         raise ValueError(f"data has leaves with leading axes {sorted(sizes)}; they must have one, of the same size N")
     datum = {"y": jnp.zeros(1) if data is None else jax.tree.map(jnp.asarray, data)}
@@ -229,8 +233,15 @@ def _known(fit: Fit, x: ArrayLike) -> np.ndarray:
     return flat
 
 
-def _linear(likelihood: LinearGaussian, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """y (N, M), A (N, M, D) and a factor (N, M, M) of the covariance of the noise, checked."""
+def _linear(
+    likelihood: LinearGaussian, loc: np.ndarray, scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """y (N, M), A (N, M, D) and a factor (N, M, M) of the covariance of the noise, checked, and what log p(y) gains.
+
+    A is of z, where x_0 = loc + scale·z. Each measurement is in units in which its standard deviation is one, were z
+    standard normal: the last of the four, (N,), is the log-determinant of that.
+    """
+    size = len(loc)
     arrays = {name: np.asarray(getattr(likelihood, name)) for name in ("y", "A", "noise")}
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf":
@@ -249,30 +260,32 @@ def _linear(likelihood: LinearGaussian, size: int) -> tuple[np.ndarray, np.ndarr
             raise ValueError(f"noise is {noise}; a standard deviation must not be negative")
         factor = np.diag(np.broadcast_to(noise, (M,)))
     elif noise.shape == (M, M):
-        values, vectors = np.linalg.eigh(noise)
-        if not np.allclose(noise, noise.T) or values[0] < -_ROUNDING * values[-1]:
+        own = np.sqrt(np.where(np.diag(noise) > 0, np.diag(noise), 1.0))
+        correlation = noise / own / own[:, None]
+        values, vectors = np.linalg.eigh(correlation)
+        if not np.allclose(correlation, correlation.T) or values[0] < -_ROUNDING * values[-1]:
             raise ValueError("noise is no covariance matrix: it must be symmetric, without negative eigenvalues")
-        factor = vectors * np.sqrt(np.where(values > _ROUNDING * values[-1], values, 0.0))
+        factor = own[:, None] * vectors * np.sqrt(np.where(values > _ROUNDING * values[-1], values, 0.0))
     else:
         raise ValueError(f"noise has shape {noise.shape}; it must be a number, ({M},) or ({M}, {M})")
-    A = np.broadcast_to(A, (N, M, size))
-    if (
-        np.linalg.matrix_rank(factor) < M
-        and np.min(np.linalg.matrix_rank(np.dstack([A, factor[None].repeat(N, 0)]))) < M
-    ):
+    y, A = y - A @ loc, np.broadcast_to(A * scale, (N, M, size))
+    both = np.concatenate([A, np.broadcast_to(factor, (N, M, M))], axis=2)
+    std = np.linalg.norm(both, axis=2)
+    both /= np.where(std > 0, std, 1.0)[..., None]
+    if np.linalg.matrix_rank(factor) < M and np.linalg.matrix_rank(both).min() < M:
         raise ValueError("A and noise leave a combination of y without a density: rows of A must be independent there")
-    return y, A, np.broadcast_to(factor, (N, M, M))
+    return y / std, both[..., :size], both[..., size:], -np.log(std).sum(1)
 
 
 def _sufficient(
-    y: np.ndarray, A: np.ndarray, noise: np.ndarray
+    y: np.ndarray, A: np.ndarray, noise: np.ndarray, constant: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """y, A and noise of at most D numbers that say the same of x_0 as y (N, M) does, and the rest of log p(y), (N,)."""
+    """y, A and noise of at most D numbers that say the same of x_0 as y (N, M) does, and what log p(y) gains, (N,)."""
     (N, M), D = y.shape, A.shape[2]
     if M <= D or np.linalg.matrix_rank(noise).min() < M:
-        return y, A, noise, np.zeros(N)
+        return y, A, noise, constant
     white = np.linalg.solve(noise, y[..., None])[..., 0]
     Q, triangular = np.linalg.qr(np.linalg.solve(noise, A))
     kept = np.einsum("nmd,nm->nd", Q, white)
     rest = np.sum(white**2, 1) - np.sum(kept**2, 1) + (M - D) * np.log(2 * np.pi)
-    return kept, triangular, np.tile(np.eye(D), (N, 1, 1)), -0.5 * rest - np.linalg.slogdet(noise)[1]
+    return kept, triangular, np.tile(np.eye(D), (N, 1, 1)), constant - 0.5 * rest - np.linalg.slogdet(noise)[1]

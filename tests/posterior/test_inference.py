@@ -102,6 +102,7 @@ def test_what_cannot_be_is_told():
         (LinearGaussian(np.zeros(1), A, 1.0), {"features": ["a"]}, ValueError, r"features is \['a'\]; the data have 2"),
         (LinearGaussian(np.zeros(1), A, 1.0), {"features": ["a", "a"]}, ValueError, "names must differ"),
         (LinearGaussian(np.zeros(1), A, 1.0), {"datum": ["a", "b"]}, ValueError, r"datum has shape \(2,\); there"),
+        (lambda x, y: 0.0, {"data": np.array(["a"])}, TypeError, "data has a leaf of dtype <U1; numbers are wanted"),
         (lambda x, y: 0.0, {"data": {"a": np.zeros(2), "b": np.zeros(3)}}, ValueError, "data has leaves"),
     ],
 )  # fmt: skip

@@ -110,3 +110,34 @@ def test_any_function_is_a_likelihood():
     assert nan == zero
     of_integers = posterior.log_evidence(fit, lambda x: jnp.where(x[0] > -50, 0, -100), **options)
     assert abs(of_integers.values) < 1e-5
+
+
+def test_a_function_of_features_far_from_zero_is_warned_of_and_measurements_are_not():
+    fit = fitted("full", [[0.0]], np.eye(1), T=2, loc=1.764e9, scale=2.5e4)
+    options = {"rng_key": KEY, "num_particles": 50, "num_filters": 2}
+    with pytest.warns(UserWarning, match="lie far from zero for float32: '0' has mean 1.764e") as caught:
+        posterior.sample(fit, lambda x_0: -0.5 * ((x_0[0] - 1.764e9) / 3e4) ** 2, **options)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="lie far from zero"):
+        fit.prior()
+    dt = posterior.sample(fit, LinearGaussian(np.array([1.764e9]), np.eye(1), 30.0), **options)
+    assert abs(dt["posterior"].dataset["x_0"].to_numpy().mean() - 1.764e9) < 30
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_measurements_may_be_in_any_units(unit):
+    fit = linear_fit("full")[0]
+    y, of_x = np.array([2.5, 1.0]), np.array([[0.7, -0.4], [0.1, 0.2]])
+    options = {"rng_key": KEY, "num_particles": 100, "num_filters": 2}
+    wanted = posterior.log_evidence(fit, LinearGaussian(y, of_x, 0.3), **options).values
+    units = np.array([1.0, unit])
+    values = posterior.log_evidence(
+        fit, LinearGaussian(y * units, of_x * units[:, None], 0.3 * units), **options
+    ).values
+    np.testing.assert_allclose(values, wanted - np.log(unit), rtol=1e-5)
+
+
+def test_a_measurement_of_boundless_error_says_nothing():
+    fit = linear_fit("full")[0]
+    dt = posterior.sample(fit, LinearGaussian(np.array([2.5]), A, 1e30), rng_key=KEY, num_particles=500)
+    np.testing.assert_allclose(dt["filters"].dataset["ess"], 1.0, rtol=1e-5)
