@@ -14,7 +14,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises `OSError` where the file cannot be written, with `path` untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -28,6 +28,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise OSError(f"could not write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, where there is none. Raises `OSError` where that cannot be, as where it is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"could not make the folder {folder}: {error.strerror}") from error
 
 
 def check_space(folder: Path, size: int) -> None:

@@ -252,6 +252,8 @@ class Fit:
                 arrays = dict(held)
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist") from None
+        except ValueError:
+            raise ValueError(f"{path} could not be read as a fit: it is no .npz file, or a damaged one") from None
         except Exception as error:  # a damaged archive fails in many ways
             raise ValueError(f"{path} could not be read as a fit: {error}") from error
         options = family_options(d.family)

@@ -367,6 +367,9 @@ def test_saved_fit_is_read_back_the_same(fitted, tmp_path):
         Fit.load(tmp_path / "cosine.npz", mlp_diffusion(schedule=schedules.linear(5)))
     with pytest.raises(ValueError, match="does not exist"):
         Fit.load(tmp_path / "none.npz", fitted.diffusion)
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(ValueError, match=r"could not be read as a fit: it is no \.npz file"):
+        Fit.load(tmp_path / "text.npz", fitted.diffusion)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "fit.npz").read_bytes()[:500])
     with pytest.raises(ValueError, match="could not be read as a fit"):
         Fit.load(tmp_path / "cut.npz", fitted.diffusion)

@@ -37,14 +37,16 @@ class Run:
     def open(cls, folder: Path) -> "Run":
         try:
             options = _NEWER_OPTIONS | json.loads((folder / "run.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder} holds no finished run") from None
         except ValueError as error:
             raise ValueError(f"{folder / 'run.json'} is damaged: {error}") from error
         return cls(folder, options)
 
     def check_free(self, resume: bool) -> None:
-        """That the folder holds no finished run, or with `resume` one of these options, or of fewer steps."""
+        """That the folder can be had and holds no finished run, or with `resume` one of as many or fewer steps."""
+        if files := [path for path in (self.folder, *self.folder.parents) if path.is_file()]:
+            raise ValueError(f"--out is {self.folder}; {files[0]} is a file, and no folder")
         if not (self.folder / "run.json").exists():
             return  # an unfinished run is told apart by its checkpoints
         if not resume:
@@ -55,9 +57,10 @@ class Run:
         for name, value in self.options.items():
             if held.get(name) != value and not (name == "num_steps" and held[name] < value):
                 option = "DATA" if name == "data" else "--" + name.replace("_", "-")
+                more = ", and only more steps are gone on with" if name == "num_steps" else ""
                 raise ValueError(
                     f"{self.folder} holds a run of another configuration: "
-                    f"its {option} is {held.get(name)}, this one's is {value}"
+                    f"its {option} is {held.get(name)}, this one's is {value}{more}"
                 )
 
     def prepare(self) -> tuple[Diffusion, datasets.Split]:
@@ -69,7 +72,7 @@ class Run:
             o["data"],
             rng_key=jax.random.key(o["seed"]),
             noise=o["noise"],
-            columns=[name.strip() for name in o["columns"].split(",")] if o["columns"] else None,
+            columns=None if o["columns"] is None else [name.strip() for name in o["columns"].split(",")],
             dequantised=o["dequantise"],
             binary=o["binary"],
             test_fraction=o["test_fraction"],

@@ -76,6 +76,8 @@ def read_frame(path: str | Path, columns: Sequence[str] | None) -> Any:
             frame = pd.DataFrame(array, columns=[str(i) for i in range(array.shape[1])])
         else:
             frame = pd.read_parquet(path) if suffix == ".parquet" else read_text(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} could not be read: its text is not in UTF-8; save it in that encoding") from error
     except Exception as error:  # each reader has errors of its own, and all mean the same to the user
         first_line = str(error).splitlines()[0] if str(error) else repr(error)
         raise ValueError(f"{path} could not be read: {first_line}") from error

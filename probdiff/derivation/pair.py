@@ -352,7 +352,8 @@ def density_moments(kernel: dist.Distribution, y: Event) -> tuple[Float[Array, "
 
 
 def _flat(value: Array, like: Event) -> Float[Array, "N D"]:
-    return jnp.broadcast_to(value, jnp.shape(like)).reshape(len(like), -1)
+    value = jnp.asarray(value, like.dtype)  # Normal(0, 1) has a mean of an integer, which has no derivative
+    return jnp.broadcast_to(value, like.shape).reshape(len(like), -1)
 
 
 def _unmasked(kernel: dist.Distribution) -> dist.Distribution:

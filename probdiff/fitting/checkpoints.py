@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from probdiff.checks import warn
-from probdiff.files import atomic_write, check_space
+from probdiff.files import atomic_write, check_space, make_folder
 from probdiff.fitting.devices import from_first_process
 from probdiff.fitting.streams import Stream
 from probdiff.locks import one_at_a_time
@@ -133,7 +133,7 @@ class Checkpoints:
                 )
         self._ocp = ocp
         self._directory = directory
-        (directory / "steps").mkdir(parents=True, exist_ok=True)
+        make_folder(directory / "steps")
         self._manager = ocp.CheckpointManager(
             directory / "steps",
             options=ocp.CheckpointManagerOptions(

@@ -212,7 +212,10 @@ def test_resume_needs_the_same_configuration(own, probdiff):
     files = {file: file.read_bytes() for file in own.rglob("*") if file.is_file()}
     code, _, err = probdiff(*OWN, "--resume", "--num-steps", 30)
     assert code == 1
-    assert err == "probdiff: runs/own holds a run of another configuration: its --num-steps is 40, this one's is 30\n"
+    assert err == (
+        "probdiff: runs/own holds a run of another configuration: its --num-steps is 40, this one's is 30, "
+        "and only more steps are gone on with\n"
+    )
     Path("own.csv").write_text(Path("own.csv").read_text().replace("0.1", "0.2"))
     code, _, err = probdiff(*OWN, "--resume")
     assert code == 1
@@ -284,6 +287,10 @@ ONE_LINE = {
     "bad value": (["fit", "--num-timesteps", "three"], "valid integer"),
     "unknown command": (["fits"], "No such command 'fits'"),
     "no run": (["report", "nowhere"], "nowhere holds no finished run"),
+    "a file for a run": (["report", "good.csv"], "good.csv holds no finished run"),
+    "a file for a folder": (["fit", "good.csv", "--out", "one.csv/a"], "--out is one.csv/a; one.csv is a file"),
+    "no column": (["fit", "good.csv", "--columns", ""], "has no column ''; its columns are a, b"),
+    "another encoding": (["fit", "latin.csv"], "latin.csv could not be read: its text is not in UTF-8"),
     "no sample file": (["sample", "nowhere", "--out", "draws.txt"], "it must end in"),
 }
 
@@ -300,6 +307,7 @@ def test_mistakes_are_told_in_one_line(probdiff, case):
     good.assign(b=range(40)).to_csv("mixed.csv", index=False)
     good[:0].astype(float).to_csv("none_left.csv", index=False)
     good[:1].to_csv("one.csv", index=False)
+    good.rename(columns={"b": "größe"}).to_csv("latin.csv", index=False, encoding="latin-1")
     Path("empty.csv").touch()
     Path("damaged.parquet").write_bytes(b"PAR1 and no more")
     arguments, words = ONE_LINE[case]
