@@ -11,6 +11,7 @@ from probdiff.families.base import state_dtype
 
 _MOST_OF_BULK = 2.5  # standard deviations of the bulk in that of all
 _EXTREME = 75.0  # and at least one value this many of those away
+_FAR_MORE = 4.0  # of the same, from where the unit is robust
 _FINEST = 1e-3  # of a standard deviation, between neighbouring numbers
 _FARTHEST = 0.4  # power of the largest number of a precision: of a larger one no square over β_t is finite
 
@@ -18,10 +19,10 @@ _FARTHEST = 0.4  # power of the largest number of a precision: of a larger one n
 def units(d: Diffusion, x: np.ndarray, features: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The zero and the one of the chain's units in those of x (N, *event_shape), each (*event_shape).
 
-    They are the mean and the standard deviation of each feature. Where outlying values or a heavy tail make the
-    standard deviation several times that of the bulk, which is that of the normal with the same quantiles of 5 and
-    95 %, they are the median and the geometric mean of the two standard deviations, and a warning says so. What is
-    discrete stays as it is. Raises `ValueError` for a feature that does not vary.
+    They are the mean and the standard deviation of each feature. A warning says where outlying values or a heavy tail
+    make the standard deviation several times that of the bulk, which is that of the normal with the same quantiles of
+    5 and 95 %; from four times on the median and the geometric mean of the two standard deviations take their place.
+    What is discrete stays as it is. Raises `ValueError` for a feature that does not vary.
     """
     if d.family.support.is_discrete:
         return np.zeros(d.event_shape), np.ones(d.event_shape)
@@ -39,10 +40,11 @@ def units(d: Diffusion, x: np.ndarray, features: Sequence[str] | None = None) ->
         warn(
             f"feature(s) {some(names[outlying])} have outlying values or heavy tails: in '{names[i]}', {share:.2g} of "
             f"the rows are far outside, and the standard deviation, {std[i]:.3g}, is {std[i] / bulk[i]:.3g} times that "
-            "of the bulk of the rows. The chain's unit lies between the two, and serves neither well. Look at these "
-            "rows, or fit a logarithm or an arcsinh of the feature"
+            "of the bulk of the rows, so that no unit of the chain serves both. Look at these rows, or fit a logarithm "
+            "or an arcsinh of the feature"
         )
-    loc, scale = np.where(outlying, median, loc), np.where(outlying, np.sqrt(bulk * std), std)
+    robust = outlying & (std > _FAR_MORE * bulk)
+    loc, scale = np.where(robust, median, loc), np.where(robust, np.sqrt(bulk * std), std)
     return loc.reshape(d.event_shape), scale.reshape(d.event_shape)
 
 

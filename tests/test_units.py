@@ -22,7 +22,8 @@ def draws_of(name):
         "two values": lambda: rng.integers(0, 2, 5000) + 1e-3 * rng.normal(size=5000),
         "ink of a pixel": lambda: 16 * (rng.uniform(size=5000) < 0.03) + rng.uniform(size=5000),
         "a few rows at 1e8": lambda: np.append(rng.normal(size=4995), 1e8 + rng.normal(size=5)),
-        "log-normal": lambda: np.exp(2 * rng.normal(size=5000)),
+        "log-normal": lambda: np.exp(2.5 * rng.normal(size=5000)),
+        "a few rows at 100": lambda: np.append(rng.normal(size=4995), 100 + rng.normal(size=5)),
         "Cauchy": lambda: rng.standard_cauchy(5000),
     }[name]()
 
@@ -49,6 +50,12 @@ def test_units_of_features_with_outlying_values_are_robust_and_spoken_of(name, w
     assert loc[1] == np.median(x[:, 1])
     bulk = np.diff(np.quantile(x[:, 1], [0.05, 0.95])) / (2 * 1.645)
     assert scale[1] == pytest.approx(np.sqrt(x[:, 1].std() * bulk[0]), rel=1e-12)
+
+
+def test_units_are_robust_from_four_times_the_bulk_on():
+    x = draws_of("a few rows at 100")[:, None]
+    with pytest.warns(UserWarning, match="have outlying values"):
+        np.testing.assert_allclose(units(gaussian(1), x), [x.mean(0), x.std(0)], rtol=1e-12)
 
 
 def test_features_of_any_shape_have_units_of_that_shape():
