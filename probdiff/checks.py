@@ -1,5 +1,6 @@
 """Errors at the door: what was given, in which argument, and what is wanted."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from probdiff.types import Key
 
 
 def warn(message: str) -> None:
-    """Warns, at the line outside of this package that called it."""
-    warnings.warn(message, skip_file_prefixes=(str(Path(__file__).parent),))
+    """Warns; what is shown is the line outside of this package from which it was called."""
+    warnings.warn(message, skip_file_prefixes=(f"{Path(__file__).parent}{os.sep}",))
 
 
 def check_key(rng_key: Key | None) -> Key:
@@ -40,6 +41,11 @@ def check_count(value: int, name: str, least: int) -> None:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
 
 
+def labels(features: Sequence[str] | None, size: int) -> np.ndarray:
+    """The names of features, or without names the numbers from 0."""
+    return np.array([str(i) for i in range(size)] if features is None else list(features))
+
+
 def feature_names(x: Any, name: str) -> tuple[str, ...] | None:
     """The names of a data frame's columns, None of what is no frame. Raises `ValueError` where they name no column."""
     if not _is_frame(x):
@@ -56,11 +62,11 @@ def feature_names(x: Any, name: str) -> tuple[str, ...] | None:
     return names
 
 
-def frame_values(x: Any, name: str, features: Sequence[str] | None = None, integers: bool = True) -> Any:
+def frame_values(x: Any, name: str, features: Sequence[str] | None = None, allow_integers: bool = True) -> Any:
     """The numbers of a data frame as an array, its columns in the order of `features`; what is no frame, as it is.
 
     Raises `ValueError` for columns that are not those of `features`, and `TypeError` for one that holds no numbers, or
-    integers where they are not to be.
+    integers where they are not allowed.
     """
     names = feature_names(x, name)
     if names is None:
@@ -77,8 +83,8 @@ def frame_values(x: Any, name: str, features: Sequence[str] | None = None, integ
     for column, label in zip(columns, wanted, strict=True):
         if not is_numeric_dtype(column):
             raise TypeError(f"column {label!r} of {name} has dtype {column.dtype}; it must hold numbers")
-        if not integers and _numpy_dtype(column.dtype).kind in "biu":
-            raise TypeError(f"column {label!r} of {name} has {_no_floats(_numpy_dtype(column.dtype))}")
+        if not allow_integers and _numpy_dtype(column.dtype).kind in "biu":
+            raise TypeError(f"column {label!r} of {name} has {_wants_floats(_numpy_dtype(column.dtype))}")
     arrays = [
         column.to_numpy(np.float64, na_value=np.nan) if column.hasnans else column.to_numpy(_numpy_dtype(column.dtype))
         for column in columns
@@ -110,12 +116,12 @@ def check_data(
             f"{name} has shape {array.shape}; this diffusion wants (N, {', '.join(map(str, event_shape))})"
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):  # bfloat16 too
-        raise TypeError(f"{name} has {_no_floats(array.dtype)}")
+        raise TypeError(f"{name} has {_wants_floats(array.dtype)}")
     if len(array) < minimum:
         raise ValueError(f"{name} has {len(array)} row(s); it must have at least {minimum}")
     rows, columns = np.nonzero(~np.isfinite(array.reshape(len(array), -1)))
     if len(rows):
-        names = [features[i] if features else str(i) for i in np.unique(columns).tolist()]
+        names = labels(features, array[0].size)[np.unique(columns)]
         raise ValueError(
             f"{name} has {len(rows)} entries that are NaN or infinite, in row(s) {some(np.unique(rows))} "
             f"and column(s) {some(names)}"
@@ -123,7 +129,8 @@ def check_data(
     return array.astype(np.float64)
 
 
-def _no_floats(dtype: np.dtype) -> str:
+def _wants_floats(dtype: np.dtype) -> str:
+    """What is wrong with data of a dtype that is no float's, after "has"."""
     said = f"dtype {dtype}; a density wants floating-point data"
     if dtype.kind not in "biu":
         return said
@@ -160,7 +167,7 @@ def check_support(
             "'x': path}) of numpyro.infer.util, or Trace_ELBO().loss(rng_key, params, d.reverse, d.forward, x_0)"
         )
     features = feature_names(x, name) if features is None else features
-    x = frame_values(x, name, features, integers=support.is_discrete)
+    x = frame_values(x, name, features, allow_integers=support.is_discrete)
     if not support.is_discrete:
         return check_data(x, event_shape, name, minimum, features)
     array = np.asanyarray(x)
@@ -187,13 +194,13 @@ def check_varies(x: np.ndarray, name: str, features: Sequence[str] | None = None
         std = flat.std(0)
     out_of_range = np.flatnonzero((np.ptp(flat, axis=0) > 0) & ~((std > 0) & np.isfinite(std)))
     if out_of_range.size:
-        names = [features[i] if features else str(i) for i in out_of_range.tolist()]
+        names = labels(features, flat.shape[1])[out_of_range]
         raise ValueError(
             f"{name} is too large or too small to standardise in feature(s) {some(names)}; change their units"
         )
     constant = np.flatnonzero(np.ptp(flat, axis=0) == 0)
     if constant.size:
-        names = [features[i] if features else str(i) for i in constant.tolist()]
+        names = labels(features, flat.shape[1])[constant]
         raise ValueError(
             f"{name} has the same value in every row of feature(s) {some(names)}; leave constant features out"
         )

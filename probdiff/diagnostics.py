@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.spatial.distance import cdist
 
 from probdiff.chains import Diffusion
-from probdiff.checks import check_count
+from probdiff.checks import check_count, labels
 from probdiff.likelihood.elbo import elbo_draws
 from probdiff.likelihood.paths import log_importance_weights
 from probdiff.psis import k_threshold, pareto_k
@@ -62,7 +62,7 @@ def to_datatree(
     C, x_0 = len(losses), to_chain(d, d.checked(x, "x"), loc, scale)
     check_count(num_draws, "num_draws", 25)  # to fit the tail of the weights
     size, log_det = x_0[0].size, float(np.log(scale).sum())
-    names = [str(i) for i in range(size)] if features is None else list(features)
+    names = labels(features, size).tolist()
     if len(names) != size:
         raise ValueError(f"features has {len(names)} names; the data have {size} features")
     times = times_shown(d.num_timesteps)

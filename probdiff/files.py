@@ -35,7 +35,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"could not make the folder {folder}: {error.strerror}") from error
+        raise type(error)(error.errno, f"could not make the folder: {error.strerror}", str(folder)) from error
 
 
 def check_space(folder: Path, size: int) -> None:

@@ -96,7 +96,7 @@ class Fit:
 
     def chain(self, c: int) -> "Fit":
         """One of several independent fits. Raises `ValueError` where there is no fit c."""
-        if c not in range(self.num_chains):
+        if not isinstance(c, int | np.integer) or not 0 <= c < self.num_chains:
             raise ValueError(f"c is {c!r}; this fit has chains 0 to {self.num_chains - 1}")
         part = slice(c, c + 1)
         return replace(
@@ -317,4 +317,4 @@ class Fit:
             )
         check = self.diffusion.checked
         paths = [np.stack([check(one[:, t], f"x at t = {t}") for t in range(shape[0])], axis=1) for one in array]
-        return to_chain(self.diffusion, np.stack(paths), self.loc, self.scale)
+        return np.stack([to_chain(self.diffusion, one, self.loc, self.scale) for one in paths])

@@ -2,79 +2,88 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from probdiff.chains import Diffusion
-from probdiff.checks import check_varies, some, warn
+from probdiff.checks import check_varies, labels, some, warn
 from probdiff.families.base import state_dtype
 
-_MOST_OF_BULK = 2.5  # standard deviations of the bulk in that of all
-_EXTREME = 75.0  # and at least one value this many of those away
-_FAR_MORE = 4.0  # of the same, from where the unit is robust
-_FINEST = 1e-3  # of a standard deviation, between neighbouring numbers
-_FARTHEST = 0.4  # power of the largest number of a precision: of a larger one no square over β_t is finite
+_MOST_OF_BULK = 2.5  # times the bulk's standard deviation: a feature whose own is larger may be warned of
+_EXTREME = 75.0  # of the bulk's standard deviations: it is warned of if a value is further out
+ROBUST = 4.0  # times the bulk's standard deviation: beyond, the unit of a feature that is warned of is robust
+_FINEST = 1e-3  # of the chain's unit, between neighbouring numbers of the data
+_MARGIN = 0.4  # z of more than the largest number of a precision to this power is refused: z²/β_t must be finite
 
 
-def units(d: Diffusion, x: np.ndarray, features: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def chain_units(
+    d: Diffusion, x: np.ndarray, features: Sequence[str] | None = None, robust: float = ROBUST
+) -> tuple[np.ndarray, np.ndarray]:
     """The zero and the one of the chain's units in those of x (N, *event_shape), each (*event_shape).
 
     They are the mean and the standard deviation of each feature. A warning says where outlying values or a heavy tail
     make the standard deviation several times that of the bulk, which is that of the normal with the same quantiles of
-    5 and 95 %; from four times on the median and the geometric mean of the two standard deviations take their place.
-    What is discrete stays as it is. Raises `ValueError` for a feature that does not vary.
+    5 and 95 %. Where it is more than `robust` times that, and the schedule is learned, so that it can adapt to values
+    far out, the units are the median and the geometric mean of the two standard deviations. What is discrete stays as
+    it is. Raises `ValueError` for a feature that does not vary.
     """
     if d.family.support.is_discrete:
         return np.zeros(d.event_shape), np.ones(d.event_shape)
     check_varies(x, "x", features)
-    flat = x.reshape(len(x), -1)
-    loc, std = flat.mean(0), flat.std(0)
-    low, median, high = np.quantile(flat, [0.05, 0.5, 0.95], axis=0)
-    bulk = (high - low) / (2 * 1.645)
-    extreme = np.abs(flat - median).max(0)
-    outlying = (bulk > 0) & (std > _MOST_OF_BULK * bulk) & (extreme > _EXTREME * bulk)
+    outlying, bulk = warn_of_outliers(x, features)
+    loc, std = x.mean(0), x.std(0)
+    learned = set(jax.eval_shape(d.initial_params, jax.random.key(0))) > {"network$params"}
+    far = outlying & (std > robust * bulk) & learned
+    return np.where(far, np.median(x, axis=0), loc), np.where(far, np.sqrt(bulk * std), std)
+
+
+def warn_of_outliers(x: np.ndarray, features: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Warns of features of x (N, *event_shape) with values far out; which they are, and all their bulk's deviations."""
+    low, median, high = np.quantile(x, [0.05, 0.5, 0.95], axis=0)
+    std, bulk = x.std(0), (high - low) / (2 * 1.645)
+    outlying = (bulk > 0) & (std > _MOST_OF_BULK * bulk) & (np.abs(x - median).max(0) > _EXTREME * bulk)
     if outlying.any():
-        names = np.array([str(i) for i in range(len(loc))] if features is None else list(features))
-        i = np.flatnonzero(outlying)[np.argmax(std[outlying] / bulk[outlying])]
-        share = np.mean(np.abs(flat[:, i] - median[i]) > 5 * bulk[i])
+        names, ratio = labels(features, std.size), np.where(outlying, std / np.where(bulk > 0, bulk, 1), 0).ravel()
+        i = int(np.argmax(ratio))
+        share = np.mean(np.abs(x - median).reshape(len(x), -1)[:, i] > 5 * bulk.flat[i])
         warn(
-            f"feature(s) {some(names[outlying])} have outlying values or heavy tails: in '{names[i]}', {share:.2g} of "
-            f"the rows are far outside, and the standard deviation, {std[i]:.3g}, is {std[i] / bulk[i]:.3g} times that "
-            "of the bulk of the rows, so that no unit of the chain serves both. Look at these rows, or fit a logarithm "
-            "or an arcsinh of the feature"
+            f"feature(s) {some(names[outlying.ravel()])} have outlying values or heavy tails: in '{names[i]}', "
+            f"{share:.2g} of the rows are far outside, and the standard deviation, {std.flat[i]:.3g}, is "
+            f"{ratio[i]:.3g} times that of the bulk of the rows, so that no unit of the chain serves both. Look at "
+            "these rows, or fit a logarithm or an arcsinh of the feature"
         )
-    robust = outlying & (std > _FAR_MORE * bulk)
-    loc, scale = np.where(robust, median, loc), np.where(robust, np.sqrt(bulk * std), std)
-    return loc.reshape(d.event_shape), scale.reshape(d.event_shape)
+    return outlying, bulk
 
 
 def to_chain(d: Diffusion, x: np.ndarray, loc: np.ndarray, scale: np.ndarray, name: str = "x") -> np.ndarray:
-    """x (…, *event_shape) in the chain's own units, (x − loc)/scale.
+    """x (N, …, *event_shape) in the chain's own units, (x − loc)/scale; NaN where x is.
 
     Raises `ValueError` for entries so far out that their densities cannot be computed in this precision.
     """
     z, precision = (x - loc) / scale, state_dtype(d.family)
-    farthest = np.inf if d.family.support.is_discrete else float(jnp.finfo(precision).max) ** _FARTHEST
-    if np.any(np.abs(z) > farthest):
-        rows = np.unique(np.nonzero(np.abs(z) > farthest)[0])
-        raise ValueError(
-            f"{name} has entries in row(s) {some(rows)} more than {farthest:.0e} standard deviations from the mean of "
-            f"what was fitted, where no density can be computed in {jnp.dtype(precision).name}"
-        )
+    if not d.family.support.is_discrete:
+        farthest = float(jnp.finfo(precision).max) ** _MARGIN
+        if np.any(np.abs(z) > farthest):
+            rows = np.unique(np.nonzero(np.abs(z) > farthest)[0])
+            raise ValueError(
+                f"{name} has entries in row(s) {some(rows)} that lie more than {farthest:.2g} of the chain's units "
+                f"from its zero, where no density can be computed in {jnp.dtype(precision).name}"
+            )
     return z.astype(precision)
 
 
 def warn_of_precision(loc: np.ndarray, scale: np.ndarray, features: Sequence[str] | None = None) -> None:
-    """Warns where neighbouring numbers of JAX's precision are far apart at `loc`, as against `scale`."""
+    """Warns where neighbouring numbers of JAX's precision are more than a thousandth of `scale` apart at `loc`."""
     loc, scale, precision = loc.ravel(), scale.ravel(), jnp.result_type(float)
     spacing = np.spacing(np.abs(loc).astype(precision)).astype(np.float64)
     coarse = np.flatnonzero(spacing > _FINEST * scale)
     if coarse.size:
-        names = np.array([str(i) for i in range(len(loc))] if features is None else list(features))
-        i = coarse[np.argmax(spacing[coarse] / scale[coarse])]
+        names, i = labels(features, len(loc)), coarse[np.argmax(spacing[coarse] / scale[coarse])]
+        or_double = ', or jax.config.update("jax_enable_x64", True)' if precision == np.float32 else ""
         warn(
-            f"feature(s) {some(names[coarse])} lie far from zero for {precision}: '{names[i]}' has mean "
-            f"{loc[i]:.6g} and standard deviation {scale[i]:.3g}, and neighbouring numbers there are {spacing[i]:.2g} "
-            "apart, in what fit.prior() returns and in what a function that is given as a likelihood gets. Subtract an "
-            'origin, or jax.config.update("jax_enable_x64", True)'
+            f"feature(s) {some(names[coarse])} lie far from zero for {precision}: '{names[i]}' is near {loc[i]:.6g}, "
+            f"the chain's unit of it is {scale[i]:.3g}, and neighbouring numbers are {spacing[i]:.2g} apart, in what "
+            "fit.prior() returns and in what a function that is given as a likelihood gets. Subtract an "
+            f"origin{or_double}"
         )

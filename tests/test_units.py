@@ -6,11 +6,11 @@ import pytest
 
 import probdiff
 from probdiff import GaussianDiffusion, networks, schedules
-from probdiff.units import units, warn_of_precision
+from probdiff.units import chain_units, warn_of_precision
 
 
-def gaussian(D):
-    return GaussianDiffusion((D,), schedules.LearnedBetas(40), networks.ResidualMLP(width=32, depth=2))
+def gaussian(D, schedule=schedules.LearnedBetas(40)):  # noqa: B008
+    return GaussianDiffusion((D,), schedule, networks.ResidualMLP(width=32, depth=2))
 
 
 def draws_of(name):
@@ -31,7 +31,7 @@ def draws_of(name):
 @pytest.mark.parametrize("name", ["normal", "t of 3 degrees", "exponential", "two values", "ink of a pixel"])
 def test_units_that_serve_are_not_spoken_of(name):
     x = draws_of(name)[:, None]
-    np.testing.assert_array_equal(units(gaussian(1), x), [x.mean(0), x.std(0)])
+    np.testing.assert_array_equal(chain_units(gaussian(1), x), [x.mean(0), x.std(0)])
 
 
 @pytest.mark.parametrize(
@@ -45,29 +45,36 @@ def test_units_that_serve_are_not_spoken_of(name):
 def test_units_of_features_with_outlying_values_are_robust_and_spoken_of(name, words):
     x = np.stack([draws_of("normal"), draws_of(name)], axis=1)
     with pytest.warns(UserWarning, match=words):
-        loc, scale = units(gaussian(2), x, ["height", "dose"])
+        loc, scale = chain_units(gaussian(2), x, ["height", "dose"])
     np.testing.assert_allclose([loc[0], scale[0]], [x[:, 0].mean(), x[:, 0].std()], rtol=1e-12)
     assert loc[1] == np.median(x[:, 1])
     bulk = np.diff(np.quantile(x[:, 1], [0.05, 0.95])) / (2 * 1.645)
     assert scale[1] == pytest.approx(np.sqrt(x[:, 1].std() * bulk[0]), rel=1e-12)
 
 
+def test_units_are_not_robust_where_a_schedule_cannot_adapt():
+    x = draws_of("a few rows at 1e8")[:, None]
+    with pytest.warns(UserWarning, match="have outlying values"):
+        loc, scale = chain_units(gaussian(1, schedules.cosine(40)), x)
+    np.testing.assert_allclose([loc, scale], [x.mean(0), x.std(0)], rtol=1e-12)
+
+
 def test_units_are_robust_from_four_times_the_bulk_on():
     x = draws_of("a few rows at 100")[:, None]
     with pytest.warns(UserWarning, match="have outlying values"):
-        np.testing.assert_allclose(units(gaussian(1), x), [x.mean(0), x.std(0)], rtol=1e-12)
+        np.testing.assert_allclose(chain_units(gaussian(1), x), [x.mean(0), x.std(0)], rtol=1e-12)
 
 
 def test_features_of_any_shape_have_units_of_that_shape():
     x = np.random.default_rng(0).normal(3.0, 2.0, (500, 2, 3))
     d = GaussianDiffusion((2, 3), schedules.LearnedBetas(4), networks.ResidualMLP(width=8, depth=1))
-    loc, scale = units(d, x)
+    loc, scale = chain_units(d, x)
     np.testing.assert_allclose(loc, x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(scale, x.std(0), rtol=1e-12)
 
 
 TIMES_OF_A_DAY = np.array([1.76404e9]), np.array([2.5e4])
-TIMES = r"'0' has mean 1\.76404e\+09 and standard deviation 2\.5e\+04, .* are 1\.3e\+02 apart"
+TIMES = r"'0' is near 1\.76404e\+09, the chain's unit of it is 2\.5e\+04, .* are 1\.3e\+02 apart.*x64"
 
 
 def test_times_of_a_day_are_too_far_from_zero():
@@ -78,6 +85,12 @@ def test_times_of_a_day_are_too_far_from_zero():
 @pytest.mark.usefixtures("x64")
 def test_double_precision_is_fine_enough_for_times():
     warn_of_precision(*TIMES_OF_A_DAY)
+
+
+@pytest.mark.usefixtures("x64")
+def test_some_numbers_are_too_far_from_zero_for_double_precision_too():
+    with pytest.warns(UserWarning, match=r"lie far from zero for float64: .* Subtract an origin$"):
+        warn_of_precision(np.array([1e17]), np.array([2.5e2]))
 
 
 def test_years_are_near_enough_to_zero():

@@ -44,7 +44,10 @@ class Run:
         return cls(folder, options)
 
     def check_free(self, resume: bool) -> None:
-        """That the folder can be had and holds no finished run, or with `resume` one of as many or fewer steps."""
+        """Raises `ValueError` where the folder is a file, or holds a run: other than this one, where it is resumed.
+
+        A run of fewer steps is gone on with.
+        """
         if files := [path for path in (self.folder, *self.folder.parents) if path.is_file()]:
             raise ValueError(f"--out is {self.folder}; {files[0]} is a file, and no folder")
         if not (self.folder / "run.json").exists():

@@ -19,7 +19,7 @@ from probdiff.fitting.streams import Stream
 from probdiff.results import Fit
 from probdiff.sampling import in_precision, one_fit
 from probdiff.types import Key, Params
-from probdiff.units import to_chain, units, warn_of_precision
+from probdiff.units import chain_units, to_chain, warn_of_outliers, warn_of_precision
 
 _ROWS_PER_FEATURE = 100  # fewer are few
 _HELD_OUT = 0.15
@@ -53,14 +53,15 @@ def fit(
 
     x (N, *event_shape), in the data's own units; of a data frame (N, D) the fit keeps the names. For a Gaussian
     chain x is floating-point, and the chain runs on x less its mean and over its standard deviation, each feature
-    apart, or robust `units` where values lie far out; a `streams.stream` of a file stands for rows that do not fit in
-    memory. For a binomial chain it is bits, 0 or 1 of any dtype, which stay as they are. `batch_size` is 512, and at
-    most the rows that are fitted. `num_chains` independent fits run side by side. Among several devices, those of
-    `mesh` or else all, fits and batches are shared out over the mesh's axes "chain" and "data"; see
-    `devices.choose_mesh`. Several processes must be given the same arguments, all of x too. `validation` is data
-    (M, *event_shape) on which the best params are chosen, or the share of x to hold out for that, 0 for none. The
-    gradient is clipped to a norm of `gradient_clip`, 1, and Adam's steps fall from `learning_rate`, 2e-3, to zero;
-    `optimizer`, such as `optax.adamw(1e-3)` or an optimiser of NumPyro, takes the place of both.
+    apart, or robust `chain_units` where values lie far out. A `streams.stream` of a file stands for rows that do not
+    fit in memory; its units are always the former, and its values are not looked at. For a binomial chain x is bits,
+    0 or 1 of any dtype, which stay as they are. `batch_size` is 512, and at most the rows that are fitted.
+    `num_chains` independent fits run side by side. Among several devices, those of `mesh` or else all, fits and
+    batches are shared out over the mesh's axes "chain" and "data"; see `devices.choose_mesh`. Several processes
+    must be given the same arguments, all of x too. `validation` is data (M, *event_shape) on which the best params
+    are chosen, or the share of x to hold out for that, 0 for none. The gradient is clipped to a norm of
+    `gradient_clip`, 1, and Adam's steps fall from `learning_rate`, 2e-3, to zero; `optimizer`, such as
+    `optax.adamw(1e-3)` or an optimiser of NumPyro, takes the place of both.
 
     `init` is a fit of the same diffusion to start from, of one chain or of `num_chains`, whose units are kept, so that
     the start is that fit itself: to go on for longer, with other options, or on other data.
@@ -101,9 +102,15 @@ def fit(
         loc, scale = x.moments() if init is None else (init.loc, init.scale)
         data, held_out = x.standardised(loc, scale), _held_out_of_stream(d, x, validation, features)
     else:
-        loc, scale = units(d, x, features) if init is None else (init.loc, init.scale)
-        kept, held_out = _hold_out(d, x, validation, rng_key, features)
-        data = to_chain(d, kept, loc, scale)
+        if init is None:
+            loc, scale = chain_units(d, x, features)
+        else:
+            loc, scale = init.loc, init.scale
+            if not d.family.support.is_discrete:
+                warn_of_outliers(x, features)
+        data, held_out = _hold_out(d, to_chain(d, x, loc, scale), validation, rng_key, features)
+    if held_out is not None and validation is not None and np.ndim(validation):
+        held_out = to_chain(d, held_out, loc, scale, "validation")
     warn_of_precision(loc, scale, features)
     patience = 20 if few and held_out is not None and patience is None else patience
     if patience is not None and held_out is None:
@@ -128,7 +135,7 @@ def fit(
         rng_key=rng_key,
         units=(loc, scale),
         init=None if init is None else _start_of(init, d, num_chains),
-        validation=None if held_out is None else to_chain(d, held_out, loc, scale, "validation"),
+        validation=held_out,
         checkpoint_dir=checkpoint_dir,
         resume=resume,
         progress_bar=progress_bar,
@@ -172,7 +179,7 @@ def _layout(params: Params) -> list[tuple[str, tuple[int, ...]]]:
 def _held_out_of_stream(
     d: Diffusion, x: Stream, validation: ArrayLike | float | None, features: tuple[str, ...] | None
 ) -> np.ndarray | None:
-    if validation is None or (not np.ndim(validation) and float(np.asarray(validation)) == 0):
+    if validation is None or (not np.ndim(validation) and _share(validation) == 0):
         return None
     if not np.ndim(validation):
         raise ValueError(f"validation is {validation}; of a stream no share is held out: give rows of data")
@@ -186,15 +193,20 @@ def _hold_out(
     rng_key: Key,
     features: tuple[str, ...] | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The rows to fit and those held out, if any: `validation` itself, or a share of the data drawn at random."""
+    """The rows to fit and those held out, if any: `validation` as it is given, or a share of the data at random."""
     if validation is None:
         return data, None
     if np.ndim(validation):
         return data, d.checked(validation, "validation", features=features)
-    share = float(validation) if isinstance(validation, int | float | np.number) else math.nan
-    if not 0 <= share < 1:
-        raise ValueError(f"validation is {validation!r}; it must be data, or a share of x from 0 to less than 1")
+    share = _share(validation)
     if share == 0:
         return data, None
     parts = split(data, (), jax.random.fold_in(rng_key, 1), share)
     return parts.train, parts.test
+
+
+def _share(validation: Any) -> float:
+    number = np.asarray(validation)
+    if number.dtype.kind not in "iuf" or not 0 <= number < 1:
+        raise ValueError(f"validation is {validation!r}; it must be data, or a share of x from 0 to less than 1")
+    return float(number)

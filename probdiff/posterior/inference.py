@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from probdiff.blocks import padded_blocks
 from probdiff.chains import GaussianDiffusion
-from probdiff.checks import check_count, check_key, some, warn
+from probdiff.checks import check_count, check_key, labels, some, warn
 from probdiff.likelihood.result import LogLikelihood, log_mean
 from probdiff.posterior.filters import Filtered, filters, spread
 from probdiff.posterior.observations import Likelihood, Missing, prepare
@@ -67,7 +67,7 @@ def sample(
     """
     d, size = fit.diffusion, fit.loc.size
     features = fit.features if features is None else features
-    names = [str(i) for i in range(size)] if features is None else list(features)
+    names = labels(features, size).tolist()
     if len(names) != size or len(set(names)) < size or isinstance(features, str):
         raise ValueError(f"features is {features!r}; the data have {size} features, whose names must differ")
     result, evidence, observed = _run(fit, likelihood, data, rng_key, num_particles, num_filters, datum)

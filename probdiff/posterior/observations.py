@@ -82,7 +82,7 @@ def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[
         floats = (jnp.asarray(a, jnp.result_type(float)) for a in (y, constant))
         return GuidedMissing(next(floats), jnp.asarray(known), next(floats)), x
     if isinstance(likelihood, LinearGaussian):
-        arrays = _sufficient(*_linear(likelihood, loc, scale))
+        arrays = _linear(likelihood, loc, scale)
         return GuidedLinearGaussian(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays)), None
     function = likelihood.log_likelihood if isinstance(likelihood, BlackBox) else likelihood
     if not callable(function) or isinstance(function, dist.Distribution):
@@ -236,10 +236,10 @@ def _known(fit: Fit, x: ArrayLike) -> np.ndarray:
 def _linear(
     likelihood: LinearGaussian, loc: np.ndarray, scale: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """y (N, M), A (N, M, D) and a factor (N, M, M) of the covariance of the noise, checked, and what log p(y) gains.
+    """y (N, M), A (N, M, D), a factor (N, M, M) of the covariance of the noise, and a constant (N,) of log p(y).
 
-    A is of z, where x_0 = loc + scale·z. Each measurement is in units in which its standard deviation is one, were z
-    standard normal: the last of the four, (N,), is the log-determinant of that.
+    They are checked, and A is of z, where x_0 = loc + scale·z. Each measurement is in units of the standard deviation
+    that it would have if z were standard normal; the constant is minus the sum of the logarithms of these units.
     """
     size = len(loc)
     arrays = {name: np.asarray(getattr(likelihood, name)) for name in ("y", "A", "noise")}
@@ -255,37 +255,49 @@ def _linear(
     N, M = y.shape
     if A.shape not in ((M, size), (N, M, size)):
         raise ValueError(f"A has shape {A.shape}; for y of shape {y.shape} it must be {(M, size)} or {(N, M, size)}")
+    factor = _factor(noise, M)
+    y, A = y - A @ loc, np.reshape(A * scale, (-1, M, size))  # one for all data, or one for each
+    both = np.concatenate([A, np.broadcast_to(factor, (len(A), M, M))], axis=2)
+    own = np.abs(both).max(2)  # whose square may be no number
+    own *= np.linalg.norm(both / np.where(own > 0, own, 1.0)[..., None], axis=2)
+    both /= np.where(own > 0, own, 1.0)[..., None]
+    if np.linalg.matrix_rank(factor) < M and np.linalg.matrix_rank(both).min() < M:
+        raise ValueError("A and noise leave a combination of y without a density: rows of A must be independent there")
+    y, A, factor, constant = _sufficient(y / own, both[..., :size], both[..., size:])
+    return y, A, factor, constant - np.log(own).sum(1)
+
+
+def _factor(noise: np.ndarray, M: int) -> np.ndarray:
+    """A factor (M, M) of the covariance of the noise."""
     if noise.shape in ((), (M,)):
         if np.any(noise < 0):
             raise ValueError(f"noise is {noise}; a standard deviation must not be negative")
-        factor = np.diag(np.broadcast_to(noise, (M,)))
-    elif noise.shape == (M, M):
-        own = np.sqrt(np.where(np.diag(noise) > 0, np.diag(noise), 1.0))
-        correlation = noise / own / own[:, None]
-        values, vectors = np.linalg.eigh(correlation)
-        if not np.allclose(correlation, correlation.T) or values[0] < -_ROUNDING * values[-1]:
-            raise ValueError("noise is no covariance matrix: it must be symmetric, without negative eigenvalues")
-        factor = own[:, None] * vectors * np.sqrt(np.where(values > _ROUNDING * values[-1], values, 0.0))
-    else:
+        return np.diag(np.broadcast_to(noise, (M,)))
+    if noise.shape != (M, M):
         raise ValueError(f"noise has shape {noise.shape}; it must be a number, ({M},) or ({M}, {M})")
-    y, A = y - A @ loc, np.broadcast_to(A * scale, (N, M, size))
-    both = np.concatenate([A, np.broadcast_to(factor, (N, M, M))], axis=2)
-    std = np.linalg.norm(both, axis=2)
-    both /= np.where(std > 0, std, 1.0)[..., None]
-    if np.linalg.matrix_rank(factor) < M and np.linalg.matrix_rank(both).min() < M:
-        raise ValueError("A and noise leave a combination of y without a density: rows of A must be independent there")
-    return y / std, both[..., :size], both[..., size:], -np.log(std).sum(1)
+    variance = np.diag(noise)
+    own = np.sqrt(np.where(variance > 0, variance, 1.0))
+    correlation = noise / own / own[:, None]
+    values, vectors = np.linalg.eigh(correlation)
+    if np.any(variance < 0) or not np.allclose(correlation, correlation.T) or values[0] < -_ROUNDING * values[-1]:
+        raise ValueError("noise is no covariance matrix: it must be symmetric, without negative eigenvalues")
+    return own[:, None] * vectors * np.sqrt(np.where(values > _ROUNDING * values[-1], values, 0.0))
 
 
 def _sufficient(
-    y: np.ndarray, A: np.ndarray, noise: np.ndarray, constant: np.ndarray
+    y: np.ndarray, A: np.ndarray, noise: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """y, A and noise of at most D numbers that say the same of x_0 as y (N, M) does, and what log p(y) gains, (N,)."""
+    """y, A and noise of at most D numbers that say the same of x_0 as y (N, M) does, and the rest of log p(y), (N,).
+
+    A and noise have a leading axis of N, or of one where they are the same for all; all that is returned has N.
+    """
     (N, M), D = y.shape, A.shape[2]
     if M <= D or np.linalg.matrix_rank(noise).min() < M:
-        return y, A, noise, constant
+        return y, np.broadcast_to(A, (N, M, D)), np.broadcast_to(noise, (N, M, M)), np.zeros(N)
     white = np.linalg.solve(noise, y[..., None])[..., 0]
     Q, triangular = np.linalg.qr(np.linalg.solve(noise, A))
-    kept = np.einsum("nmd,nm->nd", Q, white)
-    rest = np.sum(white**2, 1) - np.sum(kept**2, 1) + (M - D) * np.log(2 * np.pi)
-    return kept, triangular, np.tile(np.eye(D), (N, 1, 1)), constant - 0.5 * rest - np.linalg.slogdet(noise)[1]
+    kept = np.sum(Q * white[..., None], 1)
+    left_over = white - np.sum(Q * kept[:, None], 2)
+    rest = np.sum(left_over**2, 1) + (M - D) * np.log(2 * np.pi)
+    constant = -0.5 * rest - np.linalg.slogdet(noise)[1]
+    return kept, np.broadcast_to(triangular, (N, D, D)), np.tile(np.eye(D), (N, 1, 1)), constant

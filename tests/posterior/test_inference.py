@@ -91,6 +91,7 @@ def test_what_cannot_be_is_told():
         (Missing(np.zeros((3, 2))), {"data": np.zeros(3)}, ValueError, "Missing has its own"),
         (LinearGaussian(np.zeros((3, 2)), A, 1.0), {}, ValueError, r"A has shape \(1, 2\); for y of shape \(3, 2\)"),
         (LinearGaussian(np.zeros(1), A, -1.0), {}, ValueError, "noise is -1.0"),
+        (LinearGaussian(np.zeros(2), np.eye(2), np.diag([-1e-12, 1e-12])), {}, ValueError, "noise is no covariance"),
         (LinearGaussian(np.zeros(1), A, np.ones((1, 2))), {}, ValueError, r"noise has shape \(1, 2\)"),
         (LinearGaussian(np.array([np.nan]), A, 1.0), {}, ValueError, "y has entries that are NaN"),
         (LinearGaussian(np.zeros(2), np.ones((2, 2)), 0.0), {}, ValueError, "rows of A must be independent"),

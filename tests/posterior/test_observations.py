@@ -115,7 +115,7 @@ def test_any_function_is_a_likelihood():
 def test_a_function_of_features_far_from_zero_is_warned_of_and_measurements_are_not():
     fit = fitted("full", [[0.0]], np.eye(1), T=2, loc=1.764e9, scale=2.5e4)
     options = {"rng_key": KEY, "num_particles": 50, "num_filters": 2}
-    with pytest.warns(UserWarning, match="lie far from zero for float32: '0' has mean 1.764e") as caught:
+    with pytest.warns(UserWarning, match="lie far from zero for float32: '0' is near 1.764e") as caught:
         posterior.sample(fit, lambda x_0: -0.5 * ((x_0[0] - 1.764e9) / 3e4) ** 2, **options)
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="lie far from zero"):
@@ -124,7 +124,7 @@ def test_a_function_of_features_far_from_zero_is_warned_of_and_measurements_are_
     assert abs(dt["posterior"].dataset["x_0"].to_numpy().mean() - 1.764e9) < 30
 
 
-@pytest.mark.parametrize("unit", [1e-30, 1e30])
+@pytest.mark.parametrize("unit", [1e-200, 1e-30, 1e30, 1e200])
 def test_measurements_may_be_in_any_units(unit):
     fit = linear_fit("full")[0]
     y, of_x = np.array([2.5, 1.0]), np.array([[0.7, -0.4], [0.1, 0.2]])
@@ -141,3 +141,14 @@ def test_a_measurement_of_boundless_error_says_nothing():
     fit = linear_fit("full")[0]
     dt = posterior.sample(fit, LinearGaussian(np.array([2.5]), A, 1e30), rng_key=KEY, num_particles=500)
     np.testing.assert_allclose(dt["filters"].dataset["ess"], 1.0, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_equal_measurements_of_very_different_errors_say_what_the_best_does():
+    fit, mean, cov = linear_fit("full")
+    rows, noise = np.tile([[1.0, 0.0]], (4, 1)), np.array([1e-9, 1e-9, 1e9, 1e9])
+    values = posterior.log_evidence(fit, LinearGaussian(np.full(4, 3.0), rows, noise), rng_key=KEY).values
+    # the mean of the first two is exact, their difference and the others are noise
+    exact = stats.norm(mean[0], cov[0, 0] ** 0.5).logpdf(3.0)
+    wanted = exact + stats.norm(0, 1e-9 * 2**0.5).logpdf(0.0) + 2 * stats.norm(0, 1e9).logpdf(0.0)
+    np.testing.assert_allclose(values, wanted, atol=0.05)
