@@ -48,7 +48,7 @@ def labels(features: Sequence[str] | None, size: int) -> np.ndarray:
 
 def feature_names(x: Any, name: str) -> tuple[str, ...] | None:
     """The names of a data frame's columns, None of what is no frame. Raises `ValueError` where they name no column."""
-    if not _is_frame(x):
+    if not is_frame(x):
         return None
     levels = getattr(x.columns, "nlevels", 1)
     if levels > 1:
@@ -92,13 +92,14 @@ def frame_values(x: Any, name: str, features: Sequence[str] | None = None, allow
     return np.column_stack(arrays) if arrays else np.zeros((len(frame), 0))
 
 
-def _is_frame(x: Any) -> bool:
+def is_frame(x: Any) -> bool:
+    """Whether x is a data frame, of pandas or one that turns into one."""
     return hasattr(x, "columns") and (hasattr(x, "iloc") or hasattr(x, "to_pandas"))
 
 
 def _numpy_dtype(dtype: Any) -> np.dtype:
-    """Of a column's dtype, one of NumPy's, pandas' nullable ones or Arrow's."""
-    return np.dtype(getattr(dtype, "numpy_dtype", dtype))
+    """Of a column's dtype, one of NumPy's, pandas' nullable or sparse ones or Arrow's."""
+    return np.dtype(getattr(dtype, "numpy_dtype", getattr(dtype, "subtype", dtype)))
 
 
 def check_data(

@@ -33,9 +33,11 @@ def chain_units(
     check_varies(x, "x", features)
     outlying, bulk = warn_of_outliers(x, features)
     loc, std = x.mean(0), x.std(0)
+    median = np.where(outlying, np.median(x, axis=0), loc)
+    warn_of_precision(median, np.where(outlying, bulk, std), features)
     learned = set(jax.eval_shape(d.initial_params, jax.random.key(0))) > {"network$params"}
     far = outlying & (std > robust * bulk) & learned
-    return np.where(far, np.median(x, axis=0), loc), np.where(far, np.sqrt(bulk * std), std)
+    return np.where(far, median, loc), np.where(far, np.sqrt(bulk * std), std)
 
 
 def warn_of_outliers(x: np.ndarray, features: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -82,8 +84,8 @@ def warn_of_precision(loc: np.ndarray, scale: np.ndarray, features: Sequence[str
         names, i = labels(features, len(loc)), coarse[np.argmax(spacing[coarse] / scale[coarse])]
         or_double = ', or jax.config.update("jax_enable_x64", True)' if precision == np.float32 else ""
         warn(
-            f"feature(s) {some(names[coarse])} lie far from zero for {precision}: '{names[i]}' is near {loc[i]:.6g}, "
-            f"the chain's unit of it is {scale[i]:.3g}, and neighbouring numbers are {spacing[i]:.2g} apart, in what "
+            f"feature(s) {some(names[coarse])} lie far from zero for {precision}: '{names[i]}' is near {loc[i]:.6g} "
+            f"and varies by {scale[i]:.3g}, and neighbouring numbers there are {spacing[i]:.2g} apart, in what "
             "fit.prior() returns and in what a function that is given as a likelihood gets. Subtract an "
             f"origin{or_double}"
         )

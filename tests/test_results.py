@@ -287,7 +287,9 @@ def test_columns_of_a_frame_are_taken_by_name(single, x, tmp_path):
     assert single.features == read.features == single.chain(0).features == tuple(NAMES)
     wanted = single.log_likelihood(x[:40], rng_key=KEY).values
     nullable, arrow = frame.convert_dtypes(), frame.astype("float64[pyarrow]")
-    for other in (frame, frame[NAMES[::-1]], nullable[NAMES[::-1]], arrow, frame.astype("float32").astype(float)):
+    sparse = frame.astype(pd.SparseDtype("float64", 0.0))
+    single_precision = frame.astype("float32").astype(float)
+    for other in (frame, frame[NAMES[::-1]], nullable[NAMES[::-1]], arrow, sparse, single_precision):
         np.testing.assert_allclose(read.log_likelihood(other, rng_key=KEY).values, wanted, atol=1e-5)
     dt = single.to_datatree(frame[NAMES[::-1]], rng_key=KEY, num_draws=25)
     assert dt["posterior"]["feature"].to_numpy().tolist() == NAMES

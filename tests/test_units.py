@@ -74,12 +74,19 @@ def test_features_of_any_shape_have_units_of_that_shape():
 
 
 TIMES_OF_A_DAY = np.array([1.76404e9]), np.array([2.5e4])
-TIMES = r"'0' is near 1\.76404e\+09, the chain's unit of it is 2\.5e\+04, .* are 1\.3e\+02 apart.*x64"
+TIMES = r"'0' is near 1\.76404e\+09 and varies by 2\.5e\+04, .* are 1\.3e\+02 apart.*x64"
 
 
 def test_times_of_a_day_are_too_far_from_zero():
     with pytest.warns(UserWarning, match=TIMES):
         warn_of_precision(*TIMES_OF_A_DAY)
+
+
+def test_a_few_rows_far_out_do_not_hide_that():
+    x = np.append(1.76404e9 + 2.5e4 * np.random.default_rng(0).normal(size=4995), np.zeros(5))[:, None]
+    outliers = pytest.warns(UserWarning, match="have outlying values")
+    with outliers, pytest.warns(UserWarning, match=r"lie far from zero for float32: .* varies by 2\.49e\+04"):
+        chain_units(gaussian(1), x)
 
 
 @pytest.mark.usefixtures("x64")

@@ -22,13 +22,15 @@ from probdiff.fitting.fit import fit as fit_diffusion
 from probdiff.posterior.imputation import NUM_FILTERS
 from probdiff.posterior.imputation import impute as impute_table
 
+_FILES = ", ".join(datasets.READERS)
 _DATA = (
-    "swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a .csv, .parquet or .npy file; of bits heartbeat, "
-    "binary-digits, or a file with --binary"
+    f"swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a file in {_FILES}; of bits heartbeat, binary-digits, "
+    "or a file with --binary"
 )
 _PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 20 for real data, 0 else]"
 _COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features with 100 rows for each, diagonal else]"
 _SCHEDULE = f"{', '.join(SCHEDULES)} [default: learned-betas, of bits harmonic]"
+_FEW_DRAWS = 100  # effective ones, from where they are said to be enough
 _PROCESSES = "processes that share the fit, started here; 0: this is one of those that SLURM or Open MPI started"
 
 
@@ -144,7 +146,7 @@ def sample(
     chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
 ) -> None:
     """Draw x_0 from a fitted run by ancestral sampling, in the data's own units."""
-    if out.suffix not in datasets.WRITTEN:
+    if (suffix := out.suffix.lower()) not in datasets.WRITTEN:
         raise ValueError(f"--out is {out}; it must end in {', '.join(datasets.WRITTEN)}")
     opened = Run.open(run)
     d, data_split = opened.prepare()
@@ -153,9 +155,10 @@ def sample(
     draws = fitted.chain(chosen).sample(jax.random.key(seed), n)
     with atomic_write(out) as file:
         frame = pd.DataFrame(draws, columns=list(data_split.features)).astype(dict.fromkeys(data_split.whole, int))
-        if out.suffix == ".npy":
-            np.save(file, draws)
-        elif out.suffix == ".csv":
+        if suffix == ".npy":
+            with file.open("wb") as stream:
+                np.save(stream, draws)
+        elif suffix == ".csv":
             frame.to_csv(file, index=False)
         else:
             frame.to_parquet(file, index=False)
@@ -165,7 +168,7 @@ def sample(
 @app.command()
 def impute(
     run: Annotated[Path, typer.Argument(help="run folder")],
-    table: Annotated[Path, typer.Argument(help=".csv, .parquet or .npy file with empty cells, or NaN")],
+    table: Annotated[Path, typer.Argument(help=f"file in {_FILES} with empty cells, or NaN")],
     out: Annotated[Path | None, typer.Option(help=".csv file to write [default: RUN/TABLE-imputed.csv]")] = None,
     num_draws: Annotated[int, typer.Option("-m", "--num-draws", help="how many for each row")] = 10,
     num_particles: Annotated[int, typer.Option(help=f"particles of each of {NUM_FILTERS} filters")] = 500,
@@ -176,7 +179,7 @@ def impute(
     check_count(num_draws, "--num-draws", 1)
     check_count(num_particles, "--num-particles", max(25, -(-num_draws // NUM_FILTERS)))
     out = out or run / f"{table.stem}-imputed.csv"
-    if out.suffix != ".csv":
+    if out.suffix.lower() != ".csv":
         raise ValueError(f"--out is {out}; it must end in .csv")
     opened = Run.open(run)
     d, data_split = opened.prepare()
@@ -195,7 +198,8 @@ def impute(
     with atomic_write(tree) as file:
         dt.to_netcdf(file, engine="h5netcdf")
     least = dt["evidence"].dataset["effective_draws"].to_numpy().min()
+    behind = f"at least {least:,.0f}" if least >= _FEW_DRAWS else f"only {least:,.0f}"
     print(
         f"{np.isnan(x).sum():,} empty cells in {len(x):,} rows filled {num_draws} times in {out}, all draws in {tree}; "
-        f"at least {least:,.0f} effective draws behind each"
+        f"{behind} effective draws behind the worst of them"
     )

@@ -189,6 +189,9 @@ class Pair:
             raise ValueError(
                 f"params has {_names(params)}; the params of the model and the guide are {_names(declared)}"
             )
+        for name, site in declared.items():
+            if wrong := _another_shape(site):
+                raise ValueError(f"params[{name!r}] has {wrong}")
         self.params: Params = {name: jax.tree.map(_as_array, site["value"]) for name, site in declared.items()}
         self.forward_params = list(own["q"])
         self.reverse_params = [name for name in own["p"] if name not in own["q"]]
@@ -362,6 +365,21 @@ def _unmasked(kernel: dist.Distribution) -> dist.Distribution:
     if isinstance(kernel, dist.ExpandedDistribution):
         return _unmasked(kernel.base_dist).expand(kernel.batch_shape)
     return kernel
+
+
+def _another_shape(site: Any) -> str:
+    """How the value of a param's site differs from the initial one in shape or structure; nothing where it does not."""
+    initial = site["args"][0]
+    if callable(initial) and not isinstance(initial, eqx.Module):
+        initial = eqx.filter_eval_shape(initial, jax.random.key(0))
+    value = site["value"]
+    leaves, like_leaves = jax.tree.leaves(value), jax.tree.leaves(initial)
+    if str(jax.tree.structure(value)) != str(jax.tree.structure(initial)):
+        return "another structure than the program gives it"
+    for leaf, like in zip(leaves, like_leaves, strict=True):
+        if jnp.shape(leaf) != jnp.shape(like):
+            return f"an array of shape {jnp.shape(leaf)}; the program gives it {jnp.shape(like)}"
+    return ""
 
 
 def _as_array(leaf: Any) -> Any:

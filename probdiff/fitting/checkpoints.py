@@ -70,6 +70,9 @@ def description(value: Any) -> Any:
     return {"class": type(value).__qualname__, **{name: description(one) for name, one in held.items()}}
 
 
+_DIGESTS = ("x", "validation", "initial state")  # of which no value is shown
+
+
 def configuration(
     settings: dict[str, Any],
     d: Any,
@@ -86,9 +89,9 @@ def configuration(
         "precision": str(jnp.result_type(float)),
         **settings,
         "diffusion": description(d),
+        "rng_key": np.asarray(jax.random.key_data(rng_key)).tolist(),  # before x, whose held-out rows it draws
         "x": _digest(whole),
         "validation": None if validation is None else _digest([validation]),
-        "rng_key": np.asarray(jax.random.key_data(rng_key)).tolist(),
         "initial state": _digest(_raw(state)),
     }
 
@@ -127,10 +130,8 @@ class Checkpoints:
             other = _difference(held, wanted | {"num_steps": held.get("num_steps")} if goes_on else wanted)
             if other is not None:
                 name, its, mine = other
-                raise ValueError(
-                    f"{directory} holds a run of another configuration: its {name} is {_short(its)}, "
-                    f"this one's is {_short(mine)}"
-                )
+                how = "is another" if name in _DIGESTS else f"is {_short(its)}, this one's is {_short(mine)}"
+                raise ValueError(f"{directory} holds a run of another configuration: its {name} {how}")
         self._ocp = ocp
         self._directory = directory
         make_folder(directory / "steps")

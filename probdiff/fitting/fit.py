@@ -109,9 +109,10 @@ def fit(
             if not d.family.support.is_discrete:
                 warn_of_outliers(x, features)
         data, held_out = _hold_out(d, to_chain(d, x, loc, scale), validation, rng_key, features)
+    if isinstance(x, Stream) or init is not None:
+        warn_of_precision(loc, scale, features)
     if held_out is not None and validation is not None and np.ndim(validation):
         held_out = to_chain(d, held_out, loc, scale, "validation")
-    warn_of_precision(loc, scale, features)
     patience = 20 if few and held_out is not None and patience is None else patience
     if patience is not None and held_out is None:
         raise ValueError("patience wants validation data to watch; pass validation=")

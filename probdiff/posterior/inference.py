@@ -41,7 +41,8 @@ def sample(
 
     `likelihood` is a `LinearGaussian`, `Missing`, `BlackBox`, or a function log p(y given x_0) of x_0 (*event_shape) in
     the data's own units that JAX can differentiate twice. A function or `BlackBox` is called as f(x_0), or where there
-    are `data`, a tree of arrays with a leading axis of N, as f(x_0, datum). It is compiled once and must depend on its
+    are `data`, a tree of arrays with a leading axis of N or a data frame, which counts as a dict of its columns, as
+    f(x_0, datum). It is compiled once and must depend on its
     arguments alone: what changes from call to call is given as `data`. Where it is NaN the likelihood counts as zero.
     `features` and `datum` are names, for coordinates and for what is said of weights; without them, numbers from 0.
     Draws of features that are whole are rounded down; their known entries are taken as they are given, dequantised.
@@ -169,6 +170,7 @@ def log_conditional(
 def _features(features: Sequence[int | str], name: str, fit: Fit) -> list[int]:
     """The places of features, which are given by place or by name."""
     size, names = fit.loc.size, fit.features or ()
+    features = [features] if isinstance(features, str) else features
     array = np.asarray(features)
     if names and array.ndim == 1 and array.dtype.kind in "UO":
         if unknown := [feature for feature in features if isinstance(feature, str) and feature not in names]:

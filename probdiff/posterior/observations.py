@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from probdiff.checks import frame_values, some
+from probdiff.checks import frame_values, is_frame, some
 from probdiff.posterior.guidance import (
     GuidedBlackBox,
     GuidedLikelihood,
@@ -31,6 +31,7 @@ class LinearGaussian:
     """y = A·x_0 + ε, ε normal with mean zero and standard deviation `noise`.
 
     `y` (M,) or (N, M); `A` (M, D), or (N, M, D) with one for each datum; x_0 a vector of size D, the data's own units.
+    The columns of a data frame `A` are taken by name.
     `noise` is a number, (M,), or a covariance matrix (M, M); zero means that A·x_0 is known exactly.
     """
 
@@ -71,6 +72,7 @@ def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[
     where the likelihood, its arrays or `data` do not fit the fit.
     """
     loc, scale = fit.loc.ravel(), fit.scale.ravel()
+    data = {name: data[name].to_numpy() for name in data.columns} if is_frame(data) else data
     if isinstance(likelihood, LinearGaussian | Missing) and data is not None:
         raise ValueError(f"data are for a likelihood that is a function; {type(likelihood).__name__} has its own")
     if isinstance(likelihood, Missing):
@@ -82,7 +84,7 @@ def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[
         floats = (jnp.asarray(a, jnp.result_type(float)) for a in (y, constant))
         return GuidedMissing(next(floats), jnp.asarray(known), next(floats)), x
     if isinstance(likelihood, LinearGaussian):
-        arrays = _linear(likelihood, loc, scale)
+        arrays = _linear(likelihood, loc, scale, fit.features)
         return GuidedLinearGaussian(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays)), None
     function = likelihood.log_likelihood if isinstance(likelihood, BlackBox) else likelihood
     if not callable(function) or isinstance(function, dist.Distribution):
@@ -234,7 +236,7 @@ def _known(fit: Fit, x: ArrayLike) -> np.ndarray:
 
 
 def _linear(
-    likelihood: LinearGaussian, loc: np.ndarray, scale: np.ndarray
+    likelihood: LinearGaussian, loc: np.ndarray, scale: np.ndarray, features: tuple[str, ...] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """y (N, M), A (N, M, D), a factor (N, M, M) of the covariance of the noise, and a constant (N,) of log p(y).
 
@@ -242,7 +244,8 @@ def _linear(
     that it would have if z were standard normal; the constant is minus the sum of the logarithms of these units.
     """
     size = len(loc)
-    arrays = {name: np.asarray(getattr(likelihood, name)) for name in ("y", "A", "noise")}
+    given = {"y": likelihood.y, "A": frame_values(likelihood.A, "A", features), "noise": likelihood.noise}
+    arrays = {name: np.asarray(array) for name, array in given.items()}
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf":
             raise TypeError(f"{name} has dtype {array.dtype}; it must be of real numbers")

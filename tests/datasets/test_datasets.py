@@ -166,6 +166,8 @@ def test_text_is_read_whatever_separates_its_fields(tmp_path, case):
         ("5,9;1,3\n4,3;2,1\n", "first row holds numbers, 5,9, 1,3, where the names"),
         ("a,b,a\n1.5,2.5,3.5\n", "two of its columns are called 'a'"),
         ("a,b\n1.5,2.5,3.5\n", "rows have 3 fields, and its first row has 2 names"),
+        ("weight\n60,0\n61,1\n62,2\n", "rows have 2 fields, and its first row has 1 names"),
+        ("a,b\n1,1.5,2.5\n2,3.5,4.5\n", "rows have 3 fields, and its first row has 2 names"),
         ("a,b\n5,9,1,3\n", "rows have 4 fields, and its first row has 2 names"),
         ("a,b\n1.5,20%\n", "column 'b' does not hold numbers .'20%'."),
         ("\n\n", "it is empty"),
@@ -175,6 +177,30 @@ def test_text_that_would_be_misread_is_refused(tmp_path, text, words):
     (tmp_path / "table.csv").write_text(text)
     with pytest.raises(ValueError, match=words):
         datasets.read_table(tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "year,temp\n1900,50.5,\n1901,49.5,\n1902,51.5,\n",  # evenly spaced, as an index is
+        "year,temp,\n1900,50.5,\n1901,49.5,\n1902,51.5,\n",
+        "year;temp\n1900;50,5;\n1901;49,5;\n1902;51,5;\n",
+        "year, temp\n1900, 50.5\n1901, 49.5\n1902, 51.5\n",
+        " year;temp \n1900;50,5\n1901;49,5\n1902;51,5\n",
+    ],
+)
+def test_columns_stay_under_their_names(tmp_path, text):
+    (tmp_path / "table.csv").write_text(text)
+    array, names = datasets.read_table(tmp_path / "table.csv", integers=True)
+    assert names == ["year", "temp"]
+    np.testing.assert_array_equal(array, [[1900, 50.5], [1901, 49.5], [1902, 51.5]])
+
+
+def test_a_short_row_of_semicolons_is_one_with_an_empty_cell(tmp_path):
+    (tmp_path / "table.csv").write_text("a;b\n1,5;2,5\n3,5\n")
+    array, names = datasets.read_table(tmp_path / "table.csv")
+    assert names == ["a", "b"]
+    np.testing.assert_array_equal(array, [[1.5, 2.5], [3.5, np.nan]])
 
 
 def test_counted_columns_are_names(tmp_path):

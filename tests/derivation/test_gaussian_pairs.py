@@ -454,6 +454,10 @@ BAD = {
     "max_data": ({"max_data": 0}, "max_data is 0"),
     "failure_rate": ({"failure_rate": 0.0}, "failure_rate is 0.0"),
     "rng_key": ({"rng_key": 0}, "rng_key is 0"),
+    "shape of params": (
+        {"params": {"beta": BETA[:2], "slope": np.array([0.9, 0.8, 0.85])}},
+        r"params\['beta'\] has an array of shape \(2,\); the program gives it \(3,\)",
+    ),
     "params": ({"params": {"bta": 1.0}}, "params has bta; the params of the model and the guide are beta, slope"),
     "forms": ({"forms": {"a": 1}}, r"forms\['a'\] is 1"),
     "a form without an elbo": ({"forms": {"a": (RIGHT.model, RIGHT.guide, None)}}, r"forms\['a'\] is"),

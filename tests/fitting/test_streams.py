@@ -103,7 +103,7 @@ def test_a_checkpoint_of_other_blocks_is_refused(tmp_path):
     folder = tmp_path / "run"
     probdiff.fit(light_diffusion(), streams.stream(tmp_path / "x.npy", block_rows=50), checkpoint_dir=folder, **options)
     other = streams.stream(tmp_path / "x.npy", block_rows=100)
-    with pytest.raises(ValueError, match="holds a run of another configuration: its x is"):
+    with pytest.raises(ValueError, match="holds a run of another configuration: its x is another"):
         probdiff.fit(light_diffusion(), other, checkpoint_dir=folder, resume=True, **options)
 
 

@@ -1,8 +1,11 @@
 """Each kind of observation: measurements, missing values, and any function of x_0."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from helpers.posteriors import FAILURE, KEY, A, Sensor, assert_close, conditioned, fitted, linear_fit
 from scipy import stats
@@ -152,3 +155,25 @@ def test_equal_measurements_of_very_different_errors_say_what_the_best_does():
     exact = stats.norm(mean[0], cov[0, 0] ** 0.5).logpdf(3.0)
     wanted = exact + stats.norm(0, 1e-9 * 2**0.5).logpdf(0.0) + 2 * stats.norm(0, 1e9).logpdf(0.0)
     np.testing.assert_allclose(values, wanted, atol=0.05)
+
+
+def test_frames_in_likelihoods_are_taken_by_name():
+    fit = replace(linear_fit("full")[0], features=("a", "b"))
+    rows = pd.DataFrame({"b": [-0.4], "a": [0.7]})
+    options = {"rng_key": KEY, "num_particles": 50, "num_filters": 2}
+    values = [
+        posterior.log_evidence(fit, LinearGaussian(np.array([2.5]), of_x, 0.3), **options).values for of_x in (rows, A)
+    ]
+    np.testing.assert_array_equal(*values)
+    with pytest.raises(ValueError, match="A has no column 'b'"):
+        posterior.log_evidence(fit, LinearGaussian(np.array([2.5]), rows[["a"]], 0.3), **options)
+
+    def log_g(x, y):
+        return -0.5 * ((x[0] - y["seen"]) / 0.3) ** 2
+
+    seen = np.array([2.5, 3.0])
+    values = [
+        posterior.log_evidence(fit, log_g, data=data, **options).values
+        for data in (pd.DataFrame({"other": [0.0, 1.0], "seen": seen}), {"other": np.array([0.0, 1.0]), "seen": seen})
+    ]
+    np.testing.assert_array_equal(*values)
