@@ -368,11 +368,10 @@ def _unmasked(kernel: dist.Distribution) -> dist.Distribution:
 
 
 def _another_shape(site: Any) -> str:
-    """How the value of a param's site differs from the initial one in shape or structure; nothing where it does not."""
-    initial = site["args"][0]
-    if callable(initial) and not isinstance(initial, eqx.Module):
-        initial = eqx.filter_eval_shape(initial, jax.random.key(0))
-    value = site["value"]
+    """How the value of a param's site differs in shape or structure from the initial one, where that is a value."""
+    if not site["args"]:  # it is a function, as of a network
+        return ""
+    value, initial = site["value"], site["args"][0]
     leaves, like_leaves = jax.tree.leaves(value), jax.tree.leaves(initial)
     if str(jax.tree.structure(value)) != str(jax.tree.structure(initial)):
         return "another structure than the program gives it"
