@@ -7,6 +7,7 @@ from probdiff.chains import BinomialDiffusion, GaussianDiffusion
 from probdiff.fitting import devices, streams
 from probdiff.fitting.fit import fit
 from probdiff.results import Fit
+from probdiff.runs import load
 
 __version__ = version("probdiff")
 
@@ -20,6 +21,7 @@ __all__ = [
     "diagnostics",
     "fit",
     "likelihood",
+    "load",
     "networks",
     "plots",
     "posterior",

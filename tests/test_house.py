@@ -21,7 +21,7 @@ FLOORS = [
     ["diagnostics"],
     ["plots", "results"],
     ["fitting", "posterior"],
-    ["derivation"],
+    ["derivation", "runs"],
     ["cli"],
 ]
 PACKAGE = Path(probdiff.__file__).parent

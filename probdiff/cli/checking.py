@@ -11,7 +11,7 @@ from numpyro import handlers
 from probdiff import datasets, derivation, networks, schedules
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.cli.app import app
-from probdiff.cli.run import Run
+from probdiff.runs import Run
 
 
 @app.command()
@@ -36,15 +36,15 @@ def check(
     }
     name = "swiss-roll" if run is None else str(run)
     opened = None if name in starts and not Path(name).exists() else Run.open(Path(name))
-    prepared = None if opened is None else opened.prepare()  # in the precision of the fit: its held-out rows
+    kept = None if opened is None else opened.kept()  # in the precision of the fit, whose held-out rows may be drawn
     with jax.enable_x64(not float32):
-        if opened is None or prepared is None:
+        if kept is None:
             data, d = starts[name]
             x = np.asarray(jax.jit(data.sample, static_argnums=1)(key_data, max_data))
             params = derivation.typical_params(d, key_params)
         else:
-            d, data_split = prepared
-            fitted = opened.load(d, data_split)
+            fitted, data_split = kept
+            d = fitted.diffusion
             fitted = fitted.chain(fitted.best if chain is None else chain)
             x, params = fitted.standardise(data_split.test), fitted.params
         ledger = derivation.check(

@@ -1,6 +1,5 @@
 """The command line: `probdiff fit`, `report`, `sample` and `impute`."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +14,12 @@ from probdiff.checks import check_count
 from probdiff.cli.app import app
 from probdiff.cli.evaluation import report as report_on
 from probdiff.cli.processes import start_processes
-from probdiff.cli.run import SCHEDULES, Run, described, digest
 from probdiff.files import atomic_write
 from probdiff.fitting import devices
 from probdiff.fitting.fit import fit as fit_diffusion
 from probdiff.posterior.imputation import NUM_FILTERS
 from probdiff.posterior.imputation import impute as impute_table
+from probdiff.runs import SCHEDULES, Run, described
 
 _FILES = ", ".join(datasets.READERS)
 _DATA = (
@@ -92,9 +91,11 @@ def fit(
         jax.distributed.initialize()
     first = jax.process_index() == 0
     run = Run(out or Path("runs") / Path(data).stem, options)
-    d, data_split = run.prepare()
+    data_split = run.data()
+    train = data_split.train
+    d = run.diffusion(len(train), train.shape[1], bits=np.issubdtype(train.dtype, np.integer))
     devices.from_first_process(lambda: run.check_free(resume))
-    train, patience_chosen = data_split.train, run.patience(data_split)
+    patience_chosen = run.patience(data_split)
     if first:
         print(
             f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
@@ -120,10 +121,7 @@ def fit(
         jax.distributed.shutdown()  # the first process evaluates alone
     if not first:
         return
-    fitted.save(run.folder / "fit.npz")
-    options["held out"] = digest(data_split.test)
-    with atomic_write(run.folder / "run.json") as file:
-        file.write_text(json.dumps(options, indent=1))
+    run.keep(fitted, data_split)
     report_on(run, fitted, data_split, fitting=time.perf_counter() - start)
 
 
@@ -131,10 +129,7 @@ def fit(
 def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     """Evaluate a fitted run again: its table, its figures and its ArviZ file."""
     opened = Run.open(run)
-    d, data_split = opened.prepare()
-    if opened.options["held out"] != digest(data_split.test):
-        raise ValueError(f"{opened.options['data']} has changed since the fit, so its held-out rows are not known")
-    report_on(opened, opened.load(d, data_split), data_split)
+    report_on(opened, *opened.kept())
 
 
 @app.command()
@@ -148,9 +143,7 @@ def sample(
     """Draw x_0 from a fitted run by ancestral sampling, in the data's own units."""
     if (suffix := out.suffix.lower()) not in datasets.WRITTEN:
         raise ValueError(f"--out is {out}; it must end in {', '.join(datasets.WRITTEN)}")
-    opened = Run.open(run)
-    d, data_split = opened.prepare()
-    fitted = opened.load(d, data_split)
+    fitted, data_split = Run.open(run).kept()
     chosen = fitted.best if chain is None else chain
     draws = fitted.chain(chosen).sample(jax.random.key(seed), n)
     with atomic_write(out) as file:
@@ -181,9 +174,7 @@ def impute(
     out = out or run / f"{table.stem}-imputed.csv"
     if out.suffix.lower() != ".csv":
         raise ValueError(f"--out is {out}; it must end in .csv")
-    opened = Run.open(run)
-    d, data_split = opened.prepare()
-    fitted = opened.load(d, data_split)
+    fitted, data_split = Run.open(run).kept()
     fitted = fitted.chain(fitted.best if chain is None else chain)
     x, features = datasets.read_table(table, data_split.features, integers=True)
     whole = np.isin(features, data_split.whole)

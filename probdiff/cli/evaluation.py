@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 
 from probdiff import datasets, plots
-from probdiff.cli.run import Run
 from probdiff.diagnostics import Marginals, marginals
 from probdiff.files import atomic_write
 from probdiff.likelihood.result import LogLikelihood
 from probdiff.progress import progress
 from probdiff.results import Fit
+from probdiff.runs import Run
 
 _EVALUATED = 500  # held-out rows in the DataTree, where T ≤ 40; fewer in longer chains, for the same time
 _DRAWS = 200

@@ -1,7 +1,7 @@
 """Data sets with exact densities, data sets by name, and the tables in users' files."""
 
 from probdiff.checks import check_bits, check_data, check_varies
-from probdiff.datasets.named import BITS, Split, load, split
+from probdiff.datasets.named import BITS, Split, density, load, split
 from probdiff.datasets.synthetic import Density, GaussianMixture, Heartbeat, SwissRoll, eight_gaussians
 from probdiff.datasets.tables import (
     READERS,
@@ -25,6 +25,7 @@ __all__ = [
     "check_bits",
     "check_data",
     "check_varies",
+    "density",
     "dequantise",
     "eight_gaussians",
     "frame_numbers",

@@ -28,6 +28,18 @@ class Split:
     whole: tuple[str, ...] = ()
 
 
+_SYNTHETIC: dict[str, Callable[[float], Density]] = {
+    "swiss-roll": SwissRoll,
+    "8-gaussians": lambda _: eight_gaussians(),
+    "heartbeat": lambda _: Heartbeat(),
+}
+
+
+def density(source: str, noise: float = 0.5) -> Density | None:
+    """The exact density of the synthetic data set called `source`; None of real ones and of files."""
+    return _SYNTHETIC[source](noise) if source in _SYNTHETIC else None
+
+
 def split(x: np.ndarray, features: Sequence[str], rng_key: Key, test_fraction: float = 0.2) -> Split:
     """A seeded random split of the rows of x (N, D). Raises `ValueError` where a part would have fewer than 2 rows."""
     if not 0 < test_fraction < 1:
@@ -56,18 +68,13 @@ def load(
     most), "wine" and "breast-cancer". Else a file for `read_table`, of bits where `binary`.
     """
     key_data, key_split = jax.random.split(rng_key)
-    synthetic: dict[str, Callable[[], Density]] = {
-        "swiss-roll": lambda: SwissRoll(noise),
-        "8-gaussians": eight_gaussians,
-        "heartbeat": Heartbeat,
-    }
-    if source in synthetic:
+    exact = density(source, noise)
+    if exact is not None:
         if columns or dequantised or binary:
             raise ValueError(f"{source} is synthetic; columns, dequantise and binary are for tables")
-        density = synthetic[source]()
-        x = np.asarray(density.sample(key_data, 110_000))
+        x = np.asarray(exact.sample(key_data, 110_000))
         names = ("x", "y") if x.shape[1] == 2 else tuple(f"bit_{i}" for i in range(x.shape[1]))
-        return Split(x[:100_000], x[100_000:], names, density)
+        return Split(x[:100_000], x[100_000:], names, exact)
     if source in ("digits", "binary-digits", "wine", "breast-cancer"):
         import sklearn.datasets
 
@@ -87,7 +94,7 @@ def load(
         if binary:
             return split(check_bits(x, x.shape[1:], source, 2), features, key_split, test_fraction)
     else:
-        known = ", ".join([*synthetic, "digits", "binary-digits", "wine", "breast-cancer"])
+        known = ", ".join([*_SYNTHETIC, "digits", "binary-digits", "wine", "breast-cancer"])
         raise ValueError(f"no data set is called {source!r}; there are {known}, and files in {', '.join(READERS)}")
     x = check_data(x, x.shape[1:], source, 2, features)
     check_varies(x, source, features)

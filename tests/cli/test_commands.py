@@ -10,11 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import arviz as az
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 
-from probdiff import cli
+from probdiff import cli, load
 from probdiff.cli import checking
 
 QUICK = ["--num-timesteps=4", "--num-steps=40", "--width=8", "--depth=1", "--patience=0"]
@@ -142,10 +143,32 @@ def test_report_prints_the_same_table(own, probdiff):
     pd.testing.assert_frame_equal(pd.read_csv(own / "summary.csv"), before)
 
 
-def test_report_refuses_a_table_that_has_changed(own, probdiff):
+def test_a_run_is_opened_from_any_folder_and_without_its_table(own, probdiff, monkeypatch, tmp_path):
+    table = pd.read_csv("own.csv").astype(float).head(4)
+    assert probdiff("sample", own, "-n", 20, "--out", "before.csv")[0] == 0
+    Path("own.csv").unlink()
+    moved = shutil.move(own, tmp_path / "elsewhere")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    assert probdiff("sample", moved, "-n", 20, "--out", "after.csv")[0] == 0
+    pd.testing.assert_frame_equal(pd.read_csv("after.csv"), pd.read_csv("../before.csv"))
+    table.loc[1, "weight"] = np.nan
+    table.to_csv("holes.csv", index=False)
+    assert probdiff("impute", moved, "holes.csv", "-m", 3, "--num-particles", 100)[0] == 0
+    fit = load(moved)
+    assert fit.features == ("height", "weight", "ratio", "count")
+    assert fit.whole == (False, False, False, True)
+    np.testing.assert_allclose(
+        fit.chain(fit.best).sample(jax.random.key(0), 20), pd.read_csv("after.csv").to_numpy(), rtol=1e-6
+    )
+
+
+def test_an_earlier_run_wants_its_table_as_it_was(own, probdiff):
+    (own / "held_out.npz").unlink()
+    assert load(own).features == ("height", "weight", "ratio", "count")
     table = pd.read_csv("own.csv")
     table[::-1].to_csv("own.csv", index=False)
-    code, _, err = probdiff("report", own)
+    code, _, err = probdiff("sample", own, "-n", 5, "--out", "draws.csv")
     assert code == 1
     assert err == "probdiff: own.csv has changed since the fit, so its held-out rows are not known\n"
 

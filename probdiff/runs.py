@@ -1,4 +1,4 @@
-"""A run folder: the options of a fit, and the fit."""
+"""A run folder: the options of a fit, the fit, and the rows that it has not seen."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ import numpy as np
 from probdiff import datasets, families, networks, schedules
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.families.base import family_options
+from probdiff.files import atomic_write
 from probdiff.results import Fit
 
 SCHEDULES: dict[str, Callable[[int], Any]] = {
@@ -23,6 +24,7 @@ SCHEDULES: dict[str, Callable[[int], Any]] = {
     "harmonic": schedules.harmonic,
 }
 
+HELD_OUT = "held_out.npz"
 _NEWER_OPTIONS = {"binary": False, "base_rate": 0.5, "components": 1}  # that earlier runs do not hold
 
 
@@ -66,12 +68,10 @@ class Run:
                     f"its {option} is {held.get(name)}, this one's is {value}{more}"
                 )
 
-    def prepare(self) -> tuple[Diffusion, datasets.Split]:
+    def data(self) -> datasets.Split:
+        """The data that the options name, read anew."""
         o = self.options
-        if o["schedule"] not in SCHEDULES:
-            raise ValueError(f"--schedule is {o['schedule']}; it must be one of {', '.join(SCHEDULES)}")
-        schedule = SCHEDULES[o["schedule"]](o["num_timesteps"])
-        data_split = datasets.load(
+        return datasets.load(
             o["data"],
             rng_key=jax.random.key(o["seed"]),
             noise=o["noise"],
@@ -80,24 +80,75 @@ class Run:
             binary=o["binary"],
             test_fraction=o["test_fraction"],
         )
-        network, (rows, size) = networks.ResidualMLP(o["width"], o["depth"]), data_split.train.shape
-        if np.issubdtype(data_split.train.dtype, np.integer):
+
+    def diffusion(self, rows: int, size: int, bits: bool) -> Diffusion:
+        """The diffusion of so many rows of so many features."""
+        o = self.options
+        if o["schedule"] not in SCHEDULES:
+            raise ValueError(f"--schedule is {o['schedule']}; it must be one of {', '.join(SCHEDULES)}")
+        schedule = SCHEDULES[o["schedule"]](o["num_timesteps"])
+        network = networks.ResidualMLP(o["width"], o["depth"])
+        if bits:
             if o["covariance"] is not None:
                 raise ValueError("--covariance is of Gaussian chains; these data are bits")
-            return BinomialDiffusion((size,), schedule, network, o["base_rate"], o["components"]), data_split
+            return BinomialDiffusion((size,), schedule, network, o["base_rate"], o["components"])
         covariance: families.Covariance = o["covariance"] or (
             "full" if size <= 16 and rows >= 100 * size else "diagonal"
         )
-        return GaussianDiffusion((size,), schedule, network, covariance), data_split
+        return GaussianDiffusion((size,), schedule, network, covariance)
 
     def patience(self, data_split: datasets.Split) -> int:
         chosen = self.options["patience"]
         return (0 if data_split.density else 20) if chosen is None else chosen
 
-    def load(self, d: Diffusion, data_split: datasets.Split) -> Fit:
-        """The fit, with the names of its features, which the files of earlier runs do not hold."""
-        whole = tuple(name in data_split.whole for name in data_split.features)
-        return replace(Fit.load(self.folder / "fit.npz", d), features=data_split.features, whole=whole)
+    def keep(self, fit: Fit, data_split: datasets.Split) -> None:
+        """Writes the fit, the held-out rows and the options, so that nothing else is wanted to open the run."""
+        fit.save(self.folder / "fit.npz")
+        with atomic_write(self.folder / HELD_OUT) as file, file.open("wb") as stream:
+            np.savez_compressed(
+                stream,
+                test=data_split.test,
+                rows=len(data_split.train),
+                features=np.array(data_split.features),
+                whole=np.array(data_split.whole, str),
+            )
+        with atomic_write(self.folder / "run.json") as file:
+            file.write_text(json.dumps(self.options | {"held out": digest(data_split.test)}, indent=1))
+
+    def kept(self) -> tuple[Fit, datasets.Split]:
+        """The fit, and the held-out rows without those that were fitted.
+
+        Earlier runs keep no rows: theirs are read from the data again. Raises `ValueError` where these have changed.
+        """
+        if (self.folder / HELD_OUT).exists():
+            try:
+                with np.load(self.folder / HELD_OUT, allow_pickle=False) as held:
+                    test, rows = held["test"], int(held["rows"])
+                    features, whole = (tuple(held[name].tolist()) for name in ("features", "whole"))
+            except Exception as error:  # a damaged archive fails in many ways
+                raise ValueError(f"{self.folder / HELD_OUT} could not be read: {error}") from error
+            density = datasets.density(self.options["data"], self.options["noise"])
+            data_split = datasets.Split(test[:0], test, features, density, whole)
+        else:
+            data_split = self.data()
+            rows = len(data_split.train)
+            if self.options["held out"] != digest(data_split.test):
+                raise ValueError(
+                    f"{self.options['data']} has changed since the fit, so its held-out rows are not known"
+                )
+        bits = np.issubdtype(data_split.test.dtype, np.integer)
+        fit = Fit.load(self.folder / "fit.npz", self.diffusion(rows, data_split.test.shape[1], bits))
+        # which the files of earlier runs do not hold
+        is_whole = tuple(name in data_split.whole for name in data_split.features)
+        return replace(fit, features=data_split.features, whole=is_whole), data_split
+
+
+def load(path: str | Path) -> Fit:
+    """The fit in a run folder such as "runs/swiss-roll", with its diffusion and the names of its features.
+
+    Raises `ValueError` where the folder holds no finished run, or a damaged one.
+    """
+    return Run.open(Path(path)).kept()[0]
 
 
 def digest(x: np.ndarray) -> str:
