@@ -32,7 +32,7 @@ from probdiff.units import to_chain, warn_of_precision
 Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Fit:
     """A fitted diffusion. Where it holds several independent fits, every result has them as a leading axis of size C.
 
@@ -51,6 +51,26 @@ class Fit:
     scale: np.ndarray
     features: tuple[str, ...] | None = None
     whole: tuple[bool, ...] | None = None
+
+    def __repr__(self) -> str:
+        d, steps = self.diffusion, self.stacked_losses.shape[1]
+        names = f" ({some(self.features)})" if self.features else ""
+        options = "".join(f", {name} {value}" for name, value in family_options(d.family).items())
+        last = self.stacked_losses[:, -max(1, steps // 10) :].mean(1)
+        how = f"loss of the last tenth of its steps, nats per datum: {_numbers(last)}"
+        if self.stacked_validation.size:
+            best = ", ".join(f"{step:,}" for step in self.steps_kept)
+            how = f"best of validation, nats per datum: {_numbers(self.stacked_validation.max(1))}, after {best} steps"
+        beta = np.asarray(self.noise_levels.beta)
+        return "\n".join(
+            [
+                f"Fit of a {type(d).__name__}: {self.loc.size} feature(s){names}, T = {d.num_timesteps}{options}",
+                f"{self.num_chains} chain(s) of {steps:,} steps",
+                how,
+                f"β_t from {beta[:, 0].min():.3g} to {beta.max():.3g}, of {type(d.schedule).__name__}",
+                f"data = loc + scale·x_0: loc {_numbers(self.loc.ravel())}; scale {_numbers(self.scale.ravel())}",
+            ]
+        )
 
     @property
     def num_chains(self) -> int:
@@ -85,6 +105,15 @@ class Fit:
     def noise_levels(self) -> NoiseLevels:
         """The noise levels of every fit, each leaf with the leading axis."""
         return noise_levels(self.diffusion, self.stacked_params, self.num_chains)
+
+    @property
+    def steps_kept(self) -> list[int]:
+        """After how many steps the params of each fit were those that are kept: its best check, or without one all."""
+        steps, checks = self.stacked_losses.shape[1], self.stacked_validation.shape[1]
+        if not checks:
+            return [steps] * self.num_chains
+        every = -(-steps // checks)
+        return [min(steps, (int(i) + 1) * every) for i in np.nanargmax(self.stacked_validation, axis=1)]
 
     @property
     def best(self) -> int:
@@ -318,3 +347,7 @@ class Fit:
         check = self.diffusion.checked
         paths = [np.stack([check(one[:, t], f"x at t = {t}") for t in range(shape[0])], axis=1) for one in array]
         return np.stack([to_chain(self.diffusion, one, self.loc, self.scale) for one in paths])
+
+
+def _numbers(values: np.ndarray) -> str:
+    return some([f"{value:.4g}" for value in values])

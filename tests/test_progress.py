@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import nbformat
 import pytest
@@ -22,6 +23,16 @@ def test_bars_are_for_those_who_watch(monkeypatch, stream, show, seen):
     monkeypatch.setattr(sys, "stderr", stream())
     assert list(progress(range(3), desc="fit", show=show)) == [0, 1, 2]
     assert ("fit: 100%" in sys.stderr.getvalue()) == seen
+
+
+def test_elsewhere_it_is_a_line_a_minute(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr("probdiff.progress._LOGGED", 0.2)
+    for _ in progress(range(4), desc="fit"):
+        time.sleep(0.15)
+    lines = sys.stderr.getvalue().splitlines()
+    assert 1 <= len(lines) <= 3
+    assert all(line.startswith("fit: ") and "/4 [" in line for line in lines)
 
 
 def test_short_work_has_no_bar(monkeypatch):

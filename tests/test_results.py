@@ -223,6 +223,22 @@ def test_few_data_are_guarded_against_overfitting_and_many_are_not(handed_over, 
     assert handed_over(few, validation=0.3)[1].patience == 20
 
 
+def test_a_fit_is_five_lines_and_a_log_likelihood_one(fitted, single, x):
+    lines = repr(single).splitlines()
+    assert len(lines) == 5
+    assert lines[0] == "Fit of a GaussianDiffusion: 2 feature(s) (age, mmol), T = 5, covariance full"
+    assert lines[1:3] == ["1 chain(s) of 300 steps", lines[2]]
+    assert lines[2].startswith("loss of the last tenth of its steps, nats per datum: ")
+    assert single.steps_kept == [300]
+    watched = small(num_steps=400, check_every=100, validation=0.2)(x)
+    best = (1 + int(watched.validation.argmax())) * 100
+    assert watched.steps_kept == [best]
+    assert f", after {best} steps" in repr(watched)
+    bound = fitted.log_likelihood(x[:40], rng_key=KEY)
+    said = ", ".join(f"{mean:.4f} ± {error:.4f}" for mean, error in zip(bound.mean, bound.standard_error, strict=True))
+    assert repr(bound) == f"LogLikelihood: lower bound, mean of 40 data {said} nats"
+
+
 def test_the_best_chain_is_that_of_the_best_validation_elbo(fitted):
     losses, validation = np.array([[3.0, 1.0], [3.0, 2.0]]), np.array([[-2.0, -5.0], [-1.0, np.nan]])
     without = replace(fitted, stacked_losses=losses, stacked_validation=np.empty((2, 0)))

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -19,7 +19,9 @@ from probdiff.fitting import devices
 from probdiff.fitting.fit import fit as fit_diffusion
 from probdiff.posterior.imputation import NUM_FILTERS
 from probdiff.posterior.imputation import impute as impute_table
+from probdiff.results import Fit
 from probdiff.runs import SCHEDULES, Run, described
+from probdiff.types import Key
 
 _FILES = ", ".join(datasets.READERS)
 _DATA = (
@@ -29,6 +31,8 @@ _DATA = (
 _PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 20 for real data, 0 else]"
 _COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features with 100 rows for each, diagonal else]"
 _SCHEDULE = f"{', '.join(SCHEDULES)} [default: learned-betas, of bits harmonic]"
+_GIVEN = "file of rows that are known in part, in empty cells or whole columns: -n draws for each, with its number"
+_PARTICLES = 500  # of each filter, where no more are wanted
 _FEW_DRAWS = 100  # effective ones, from where they are said to be enough
 _PROCESSES = "processes that share the fit, started here; 0: this is one of those that SLURM or Open MPI started"
 
@@ -122,6 +126,9 @@ def fit(
     if not first:
         return
     run.keep(fitted, data_split)
+    if (taken := fitted.stacked_losses.shape[1]) < num_steps:
+        best = ", ".join(f"{steps:,}" for steps in fitted.steps_kept)
+        print(f"Stopped at {taken:,} of {num_steps:,} steps: no progress in {patience_chosen} checks; best at {best}")
     report_on(run, fitted, data_split, fitting=time.perf_counter() - start)
 
 
@@ -137,25 +144,32 @@ def sample(
     run: Annotated[Path, typer.Argument(help="run folder")],
     out: Annotated[Path, typer.Option(help=".npy, .csv or .parquet file to write")],
     n: Annotated[int, typer.Option("-n", "--num-samples", help="how many")] = 1000,
+    given: Annotated[Path | None, typer.Option(help=_GIVEN)] = None,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
 ) -> None:
-    """Draw x_0 from a fitted run by ancestral sampling, in the data's own units."""
-    if (suffix := out.suffix.lower()) not in datasets.WRITTEN:
+    """Draw x_0 from a fitted run, in the data's own units: by ancestral sampling, or given what is known of rows."""
+    if out.suffix.lower() not in datasets.WRITTEN:
         raise ValueError(f"--out is {out}; it must end in {', '.join(datasets.WRITTEN)}")
+    check_count(n, "-n", 1)
     fitted, data_split = Run.open(run).kept()
     chosen = fitted.best if chain is None else chain
-    draws = fitted.chain(chosen).sample(jax.random.key(seed), n)
+    fitted, key = fitted.chain(chosen), jax.random.key(seed)
+    if given is None:
+        frame = pd.DataFrame(fitted.sample(key, n), columns=list(data_split.features))
+        frame = frame.astype(dict.fromkeys(data_split.whole, int))
+    else:
+        num_particles = max(_PARTICLES, -(-n // NUM_FILTERS))
+        frame, _ = _filled(fitted, data_split, datasets.read_frame(given, None), given, key, n, num_particles)
     with atomic_write(out) as file:
-        frame = pd.DataFrame(draws, columns=list(data_split.features)).astype(dict.fromkeys(data_split.whole, int))
-        if suffix == ".npy":
+        if out.suffix.lower() == ".npy":
             with file.open("wb") as stream:
-                np.save(stream, draws)
-        elif suffix == ".csv":
+                np.save(stream, frame[list(data_split.features)].to_numpy(np.float64 if given else None))
+        elif out.suffix.lower() == ".csv":
             frame.to_csv(file, index=False)
         else:
             frame.to_parquet(file, index=False)
-    print(f"{n:,} draws of chain {chosen} in {out}")
+    print(f"{n:,} draws {'' if given is None else 'for each row '}of chain {chosen} in {out}")
 
 
 @app.command()
@@ -164,7 +178,8 @@ def impute(
     table: Annotated[Path, typer.Argument(help=f"file in {_FILES} with empty cells, or NaN")],
     out: Annotated[Path | None, typer.Option(help=".csv file to write [default: RUN/TABLE-imputed.csv]")] = None,
     num_draws: Annotated[int, typer.Option("-m", "--num-draws", help="how many for each row")] = 10,
-    num_particles: Annotated[int, typer.Option(help=f"particles of each of {NUM_FILTERS} filters")] = 500,
+    num_particles: Annotated[int, typer.Option(help=f"particles of each of {NUM_FILTERS} filters")] = _PARTICLES,
+    separate: Annotated[bool, typer.Option("--separate", help="a table for each draw: OUT-0.csv, OUT-1.csv …")] = False,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     chain: Annotated[int | None, typer.Option(help="which of the fits [default: the best]")] = None,
 ) -> None:
@@ -176,21 +191,59 @@ def impute(
         raise ValueError(f"--out is {out}; it must end in .csv")
     fitted, data_split = Run.open(run).kept()
     fitted = fitted.chain(fitted.best if chain is None else chain)
-    x, features = datasets.read_table(table, data_split.features, integers=True)
-    whole = np.isin(features, data_split.whole)
-    frame, dt = impute_table(
-        fitted, x, features, whole, rng_key=jax.random.key(seed), num_draws=num_draws, num_particles=num_particles
-    )
+    given = datasets.read_frame(table, None)
+    if lacking := [name for name in data_split.features if name not in given.columns]:
+        raise ValueError(f"{table} has no column {lacking[0]!r}; its columns are {', '.join(given.columns)}")
+    filled, dt = _filled(fitted, data_split, given, table, jax.random.key(seed), num_draws, num_particles)
     tree = out.with_name(f"{out.stem}-draws.nc")
-    with atomic_write(out) as file:
-        # known cells stay as they are, also where they are no integers
-        integers = [name for name in data_split.whole if (frame[name] == np.floor(frame[name])).all()]
-        frame.astype(dict.fromkeys(integers, int)).to_csv(file, index=False)
+    tables = {out: filled}
+    if separate:
+        by_draw = filled.groupby("draw")
+        tables = {out.with_name(f"{out.stem}-{i}.csv"): one[list(given.columns)] for i, one in by_draw}
+    for path, one in tables.items():
+        with atomic_write(path) as file:
+            one.to_csv(file, index=False)
     with atomic_write(tree) as file:
         dt.to_netcdf(file, engine="h5netcdf")
     least = dt["evidence"].dataset["effective_draws"].to_numpy().min()
     behind = f"at least {least:,.0f}" if least >= _FEW_DRAWS else f"only {least:,.0f}"
+    empty = int(given[list(data_split.features)].isna().to_numpy().sum())
+    where = f"{next(iter(tables))} and so on" if separate else out
     print(
-        f"{np.isnan(x).sum():,} empty cells in {len(x):,} rows filled {num_draws} times in {out}, all draws in {tree}; "
+        f"{empty:,} empty cells in {len(given):,} rows filled {num_draws} times in {where}, all draws in {tree}; "
         f"{behind} effective draws behind the worst of them"
     )
+
+
+def _filled(
+    fit: Fit, data_split: datasets.Split, given: Any, path: Path, key: Key, num_draws: int, num_particles: int
+) -> tuple[pd.DataFrame, Any]:
+    """The rows of a table, each so many times, with draws in the cells that are empty and features that it lacks.
+
+    Its other columns are kept, and "row" and "draw", from 0, come before them.
+    """
+    if taken := {"row", "draw"} & set(given.columns):
+        raise ValueError(f"{path} has a column {taken.pop()!r}, as the filled table has; rename it")
+    features = list(data_split.features)
+    known = [name for name in features if name in given.columns]
+    if not known:
+        raise ValueError(
+            f"{path} has none of the columns {', '.join(features)}; its own are {', '.join(given.columns)}"
+        )
+    x = pd.DataFrame(datasets.frame_numbers(given[known], str(path), integers=True), columns=known)
+    frame, dt = impute_table(
+        fit,
+        x.reindex(columns=features).to_numpy(),
+        features,
+        np.isin(features, data_split.whole),
+        rng_key=key,
+        num_draws=num_draws,
+        num_particles=num_particles,
+    )
+    # known cells stay as they are, also where they are no integers
+    integers = [name for name in data_split.whole if (frame[name] == np.floor(frame[name])).all()]
+    frame = frame.astype(dict.fromkeys(integers, int))
+    others = given.loc[:, [name for name in given.columns if name not in features]].iloc[frame["row"]]
+    frame = pd.concat([frame, others.reset_index(drop=True)], axis=1)
+    order = [*given.columns, *(name for name in features if name not in known)]
+    return frame[["row", "draw", *order]], dt

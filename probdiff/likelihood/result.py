@@ -14,7 +14,7 @@ from probdiff.checks import check_count
 Kind = Literal["lower bound", "upper bound", "estimate", "exact"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogLikelihood:
     """A log-likelihood per datum in nats, in the data's own units.
 
@@ -29,6 +29,11 @@ class LogLikelihood:
     values_mcse: np.ndarray
     kind: Kind
     pareto_k: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        means, errors = np.atleast_1d(self.mean), np.atleast_1d(self.standard_error)
+        said = ", ".join(f"{mean:.4f} ± {error:.4f}" for mean, error in zip(means, errors, strict=True))
+        return f"LogLikelihood: {self.kind}, mean of {self.values.shape[-1]:,} data {said} nats"
 
     @property
     def mean(self) -> Any:

@@ -29,6 +29,8 @@ def impute(
 ) -> tuple[pd.DataFrame, xr.DataTree]:
     """Rows of x `num_draws` times each, with columns "row" and "draw" before the features, and the tree of `sample`.
 
+    Rows and draws are counted from 0.
+
     The tree has the rows that have empty cells, NaN, in the coordinate `datum`; others are not drawn. Features that are
     `whole` are integers, and were dequantised for the fit: u, uniform on [0, 1), is added to what is known of them, and
     draws are rounded down. Raises `ValueError` where no cell is empty, one is infinite, or a feature is called "row"

@@ -57,12 +57,14 @@ def test_impute_fills_the_empty_cells_alone(probdiff, own):
     table = pd.read_csv("own.csv").head(5).astype(float)
     table.loc[1, "weight"] = table.loc[3, "height"] = table.loc[3, "count"] = np.nan
     table.loc[4] = np.nan
-    table[features[::-1]].to_parquet("holes.parquet")  # in another order
+    given = table[features[::-1]].assign(name=list("abcde"))  # in another order, with a column that was not fitted
+    given.to_parquet("holes.parquet")
     code, said, complaint = probdiff("impute", own, "holes.parquet", "-m", 7, "--num-particles", 100)
     assert not code, complaint
     assert "7 empty cells in 5 rows filled 7 times" in said
     filled = pd.read_csv(own / "holes-imputed.csv")
-    assert filled.columns.tolist() == ["row", "draw", *features]
+    assert filled.columns.tolist() == ["row", "draw", *given.columns]
+    assert (filled["name"] == given["name"].loc[filled["row"]].to_numpy()).all()
     assert len(filled) == 35
     assert filled["count"].dtype.kind == "i"
     assert not filled.isna().any(axis=None)
@@ -72,6 +74,14 @@ def test_impute_fills_the_empty_cells_alone(probdiff, own):
     assert (filled.groupby("row").nunique().loc[4, features] > 3).all()
     assert (filled["count"] == filled["count"].round()).all()
     assert (filled["weight"] != filled["weight"].round())[filled["row"].isin([1, 4])].all()
+    separate = ["-m", 2, "--num-particles", 100, "--separate", "--out", "one.csv"]
+    assert not probdiff("impute", own, "holes.parquet", *separate)[0]
+    for i in range(2):
+        one = pd.read_csv(f"one-{i}.csv")
+        assert one.columns.tolist() == given.columns.tolist()
+        known = ["name", "height"]
+        np.testing.assert_array_equal(one[known].iloc[:3], given[known].iloc[:3])
+    assert not Path("one.csv").exists()
     table.assign(count=table["count"] + 0.5).to_csv("halves.csv", index=False)
     assert not probdiff("impute", own, "halves.csv", "-m", 7, "--num-particles", 100)[0]
     assert (pd.read_csv(own / "halves-imputed.csv")["count"][:7] == table["count"][0] + 0.5).all()
@@ -141,6 +151,26 @@ def test_report_prints_the_same_table(own, probdiff):
     assert (code, err) == (0, "")
     assert "Held-out log-likelihood" in out
     pd.testing.assert_frame_equal(pd.read_csv(own / "summary.csv"), before)
+
+
+def test_rows_that_are_known_in_part_are_drawn_from(own, probdiff):
+    given = pd.DataFrame({"name": ["a", "b"], "weight": [10.0, np.nan]})
+    given.to_csv("given.csv", index=False)
+    code, out, err = probdiff("sample", own, "-n", 30, "--given", "given.csv", "--out", "draws.csv")
+    assert (code, err) == (0, "")
+    assert "30 draws for each row of chain" in out
+    drawn = pd.read_csv("draws.csv")
+    assert drawn.columns.tolist() == ["row", "draw", "name", "weight", "height", "ratio", "count"]
+    assert (drawn["name"] == np.repeat(["a", "b"], 30)).all()
+    assert (drawn["weight"][:30] == 10).all()
+    assert drawn["weight"][30:].nunique() > 10
+    assert drawn["count"].dtype.kind == "i"
+    assert not probdiff("sample", own, "-n", 30, "--given", "given.csv", "--out", "draws.npy")[0]
+    np.testing.assert_allclose(np.load("draws.npy"), drawn[["height", "weight", "ratio", "count"]], rtol=1e-6)
+    given[["name"]].to_csv("none.csv", index=False)
+    code, _, err = probdiff("sample", own, "--given", "none.csv", "--out", "draws.csv")
+    assert code == 1
+    assert "none.csv has none of the columns height, weight, ratio, count; its own are name" in err
 
 
 def test_a_run_is_opened_from_any_folder_and_without_its_table(own, probdiff, monkeypatch, tmp_path):
