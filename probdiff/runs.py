@@ -101,8 +101,11 @@ class Run:
         chosen = self.options["patience"]
         return (0 if data_split.density else 20) if chosen is None else chosen
 
-    def keep(self, fit: Fit, data_split: datasets.Split) -> None:
-        """Writes the fit, the held-out rows and the options, so that nothing else is wanted to open the run."""
+    def keep(self, fit: Fit, data_split: datasets.Split, beside: dict[str, np.ndarray]) -> None:
+        """Writes the fit, the held-out rows and the options, so that nothing else is wanted to open the run.
+
+        `beside` are the log densities of the held-out rows under other densities, by name.
+        """
         fit.save(self.folder / "fit.npz")
         with atomic_write(self.folder / HELD_OUT) as file, file.open("wb") as stream:
             np.savez_compressed(
@@ -111,6 +114,8 @@ class Run:
                 rows=len(data_split.train),
                 features=np.array(data_split.features),
                 whole=np.array(data_split.whole, str),
+                beside=np.array(list(beside), str),
+                log_densities=np.array(list(beside.values())),
             )
         with atomic_write(self.folder / "run.json") as file:
             file.write_text(json.dumps(self.options | {"held out": digest(data_split.test)}, indent=1))
@@ -120,13 +125,9 @@ class Run:
 
         Earlier runs keep no rows: theirs are read from the data again. Raises `ValueError` where these have changed.
         """
-        if (self.folder / HELD_OUT).exists():
-            try:
-                with np.load(self.folder / HELD_OUT, allow_pickle=False) as held:
-                    test, rows = held["test"], int(held["rows"])
-                    features, whole = (tuple(held[name].tolist()) for name in ("features", "whole"))
-            except Exception as error:  # a damaged archive fails in many ways
-                raise ValueError(f"{self.folder / HELD_OUT} could not be read: {error}") from error
+        if held := self._held_out():
+            test, rows = held["test"], int(held["rows"])
+            features, whole = (tuple(held[name].tolist()) for name in ("features", "whole"))
             density = datasets.density(self.options["data"], self.options["noise"])
             data_split = datasets.Split(test[:0], test, features, density, whole)
         else:
@@ -141,6 +142,21 @@ class Run:
         # which the files of earlier runs do not hold
         is_whole = tuple(name in data_split.whole for name in data_split.features)
         return replace(fit, features=data_split.features, whole=is_whole), data_split
+
+    def beside(self) -> dict[str, np.ndarray]:
+        """Log densities of the held-out rows under other densities, by name, nats; none of earlier runs."""
+        held = self._held_out()
+        return dict(zip(held["beside"].tolist(), held["log_densities"], strict=True)) if "beside" in held else {}
+
+    def _held_out(self) -> dict[str, np.ndarray]:
+        file = self.folder / HELD_OUT
+        if not file.exists():
+            return {}
+        try:
+            with np.load(file, allow_pickle=False) as held:
+                return dict(held)
+        except Exception as error:  # a damaged archive fails in many ways
+            raise ValueError(f"{file} could not be read: {error}") from error
 
 
 def load(path: str | Path) -> Fit:

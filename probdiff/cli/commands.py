@@ -10,6 +10,7 @@ import pandas as pd
 import typer
 
 from probdiff import datasets, families
+from probdiff.baselines import baselines
 from probdiff.checks import check_count
 from probdiff.cli.app import app
 from probdiff.cli.evaluation import report as report_on
@@ -125,7 +126,9 @@ def fit(
         jax.distributed.shutdown()  # the first process evaluates alone
     if not first:
         return
-    run.keep(fitted, data_split)
+    is_known = data_split.density is not None or np.issubdtype(train.dtype, np.integer)
+    beside = {} if is_known else baselines(train, data_split.test, seed)
+    run.keep(fitted, data_split, beside)
     if (taken := fitted.stacked_losses.shape[1]) < num_steps:
         best = ", ".join(f"{steps:,}" for steps in fitted.steps_kept)
         print(f"Stopped at {taken:,} of {num_steps:,} steps: no progress in {patience_chosen} checks; best at {best}")
