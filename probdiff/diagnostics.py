@@ -162,7 +162,8 @@ class Marginals:
     def verdict(self) -> str:
         at = f"{self.num_draws:,} draws each, permutation test over all t"
         if self.p_value > _LEVEL:
-            return f"The reverse marginals match the forward ones within sampling noise: p = {self.p_value:.2g} ({at})."
+            seen = "No difference of the reverse marginals from the forward ones was seen"
+            return f"{seen}: p = {self.p_value:.2g} ({at})."
         worst = self.table.loc[(self.table.energy / self.table.energy_band).idxmax()]
         return (
             f"The reverse marginals differ from the forward ones: p = {self.p_value:.2g} ({at}); "

@@ -11,7 +11,7 @@ import probdiff
 FLOORS = [
     ["types", "progress", "identity"],
     ["checks", "files", "psis", "blocks", "locks"],
-    ["datasets", "baselines"],
+    ["datasets", "baselines", "faithfulness"],
     ["schedules", "networks"],
     ["families"],
     ["at_time", "noncentred"],

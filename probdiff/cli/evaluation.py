@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pandas as pd
 
 from probdiff import datasets, plots
 from probdiff.diagnostics import Marginals, marginals
+from probdiff.faithfulness import faithfulness
 from probdiff.files import atomic_write
 from probdiff.likelihood.result import LogLikelihood
 from probdiff.progress import progress
@@ -19,6 +21,7 @@ from probdiff.runs import Run
 
 _EVALUATED = 500  # held-out rows in the DataTree, where T ≤ 40; fewer in longer chains, for the same time
 _DRAWS = 200
+_DRAWN = 5_000  # that are set beside the held-out rows
 # of the time of an evaluation, in percent
 _PARTS = {"log-likelihood": 45, "exact density": 5, "draws": 30, "marginals": 10, "files and figures": 10}
 
@@ -31,6 +34,7 @@ def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | N
     start = time.perf_counter()
     test, key = data_split.test, jax.random.key(run.options["seed"] + 2)
     key_elbo, key_tree = jax.random.split(key)
+    key_draws, c, alike = jax.random.fold_in(key, 2), fitted.best, None
     shorter = min(1.0, 40 / fitted.diffusion.num_timesteps)
     with _progress() as part:
         with part("log-likelihood"):
@@ -42,6 +46,9 @@ def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | N
             dt = fitted.to_datatree(evaluated, rng_key=key_tree, num_draws=_DRAWS, features=data_split.features)
         with part("marginals"):
             compared = marginals(dt)
+            if not fitted.diffusion.family.support.is_discrete:
+                draws = replace(fitted.chain(c), whole=None).sample(key_draws, _DRAWN)  # dequantised, as the rows are
+                alike = faithfulness(draws, test, data_split.features)
         with part("files and figures"):
             summary = summarise(bound, exact, compared)
             with atomic_write(run.folder / "summary.csv") as file:
@@ -66,9 +73,13 @@ def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | N
         if name in summary:
             print(f"  {name}: {what}")
     if beside := run.beside():
-        c = fitted.best
         print(f"\nK of chain {c} beside simple densities of the same rows, and less theirs, paired; nats per datum")
         print(_compared_with(beside, np.atleast_2d(bound.values)[c]).to_string(index=False, float_format=_four_digits))
+    if alike is not None:
+        print(f"\nDraws of chain {c} beside the held-out rows, errors of quantiles in standard deviations of the data")
+        shown = alike.columns.drop(columns=["location p", "scale p", "shape p"])
+        print(shown.to_string(index=False, float_format="{:.3f}".format))
+        print(f"\n{alike.verdict}")
     print(f"\n{compared.verdict}")
     fit_time = f"{fitting:.0f} s to fit, " if fitting else ""
     print(f"Time: {fit_time}{evaluation:.0f} s to evaluate. Run folder: {run.folder}")

@@ -1,0 +1,75 @@
+"""Draws beside data: the three verdicts, and that each is said for cause."""
+
+import numpy as np
+import pytest
+
+from probdiff.faithfulness import faithfulness
+
+NAMES = ["a", "b", "c", "d"]
+
+
+def rows_of(seed, n, D=4):
+    """One factor behind all columns."""
+    rng = np.random.default_rng(seed)
+    return 3 + 2 * (0.8 * rng.normal(size=(n, 1)) + 0.6 * rng.normal(size=(n, D)))
+
+
+def moved(x):
+    x[:, 2] += 1.0
+    return x
+
+
+def shrunk(x):
+    x[:, 1] = 3 + 0.7 * (x[:, 1] - 3)
+    return x
+
+
+def exploded(x):
+    x[:2, 3] = -1e4
+    return x
+
+
+def uncorrelated(x):
+    x[:, 0] = np.random.default_rng(9).permutation(x[:, 0])
+    return x
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (moved, r"in column c, with an sd of .* a median \+0\.[3-7]\d* sd away"),
+        (shrunk, r"in column b, with an sd of 0\.[67]"),
+        (exploded, "in 2 draws that lie more than 20 times the range of the data beyond it"),
+        (uncorrelated, "in the rank correlation of a and "),
+    ],
+)
+def test_what_differs_is_named(broken, words):
+    alike = faithfulness(broken(rows_of(0, 5000)), rows_of(1, 300), NAMES)
+    assert alike.verdict.startswith("The draws differ from the data, ")
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(alike.verdict)
+
+
+def test_draws_of_the_data_are_faithful_where_rows_are_many():
+    alike = faithfulness(rows_of(0, 5000), rows_of(1, 600), NAMES)
+    assert alike.verdict.startswith("The draws are faithful")
+    assert alike.columns["sd ratio"].between(0.85, 1.15).all()
+    assert alike.power > 0.9
+    # and only their joint distribution can tell these apart
+    of_pairs = rows_of(0, 5000)
+    of_pairs[:, :2] = 3 + np.abs(of_pairs[:, :2] - 3) * np.sign(np.random.default_rng(2).normal(size=(5000, 1)))
+    assert faithfulness(of_pairs, rows_of(1, 600), NAMES).energy_p < 0.05
+
+
+def test_of_few_rows_it_cannot_be_told():
+    alike = faithfulness(rows_of(0, 5000), rows_of(1, 40), NAMES)
+    assert alike.verdict.startswith("Whether the draws are like the data cannot be told from so few rows: a shift of")
+    assert alike.power < 0.5
+
+
+@pytest.mark.slow
+def test_faithful_draws_are_seldom_said_to_differ():
+    """By the level of 0.01 more than 6 of 150 have a probability of less than 0.001."""
+    differ = sum("differ from" in faithfulness(rows_of(2 * s, 2000), rows_of(2 * s + 1, 100), NAMES).verdict
+                 for s in range(150))  # fmt: skip
+    assert differ <= 6
