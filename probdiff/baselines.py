@@ -21,7 +21,7 @@ def baselines(train: np.ndarray, test: np.ndarray, seed: int = 0) -> dict[str, n
     The Gaussian has the covariance of Ledoit and Wolf (2004), shrunk for few rows. The number of components of the
     mixture and the kind of their covariances are chosen by cross-validation.
     """
-    loc, scale = train.mean(0), train.std(0)
+    loc, scale = train.mean(0), np.where(np.ptp(train, axis=0) > 0, train.std(0), 1.0)
     z, z_test, log_det = (train - loc) / scale, (test - loc) / scale, np.log(scale).sum()
     shrunk = LedoitWolf().fit(z)
     gaussian = multivariate_normal(shrunk.location_, shrunk.covariance_, allow_singular=True).logpdf(z_test)
@@ -40,7 +40,8 @@ def _chosen_mixture(z: np.ndarray, seed: int) -> GaussianMixture:
     def score(mixture: GaussianMixture) -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of those that have not converged
-            return float(cross_val_score(mixture, few, cv=folds).mean())
+            of_folds = cross_val_score(mixture, few, cv=folds)  # NaN where one cannot be fitted
+        return float(of_folds.mean()) if np.isfinite(of_folds).all() else -np.inf
 
     candidates = [
         GaussianMixture(k, covariance_type=kind, reg_covar=_LEAST_VARIANCE, random_state=seed)

@@ -126,9 +126,9 @@ def fit(
         jax.distributed.shutdown()  # the first process evaluates alone
     if not first:
         return
-    is_known = data_split.density is not None or np.issubdtype(train.dtype, np.integer)
-    beside = {} if is_known else baselines(train, data_split.test, seed)
-    run.keep(fitted, data_split, beside)
+    run.keep(fitted, data_split, {})  # before anything else can fail
+    if data_split.density is None and not np.issubdtype(train.dtype, np.integer):
+        run.keep(fitted, data_split, baselines(train, data_split.test, seed))
     if (taken := fitted.stacked_losses.shape[1]) < num_steps:
         best = ", ".join(f"{steps:,}" for steps in fitted.steps_kept)
         print(f"Stopped at {taken:,} of {num_steps:,} steps: no progress in {patience_chosen} checks; best at {best}")
