@@ -28,6 +28,7 @@ from probdiff.families.binomial import Binomial
 from probdiff.families.gaussian import Covariance, Gaussian
 from probdiff.identity import ByValue
 from probdiff.locks import LOCK
+from probdiff.networks.gaussian_start import GaussianStart, of_network
 from probdiff.networks.residual_mlp import Recipe
 from probdiff.noncentred import ancestral
 from probdiff.schedules import NoiseLevels, Schedule
@@ -226,7 +227,7 @@ class Diffusion(ByValue):
         if missing:
             raise ValueError(f"params has no {missing[0]!r}; this diffusion has {', '.join(wanted)}")
         for name, like in wanted.items():
-            if jax.tree.map(jnp.shape, params[name]) != jax.tree.map(jnp.shape, like):
+            if jax.tree.map(jnp.shape, of_network(params)[name]) != jax.tree.map(jnp.shape, like):
                 raise ValueError(f"params[{name!r}] has other shapes than this diffusion's: are they of a fit of it?")
 
         def draw(*, stacked: bool = False) -> Event:
@@ -247,6 +248,8 @@ class Diffusion(ByValue):
 
     def _network(self, params: eqx.Module, dropout_key: Key | None = None) -> Callable[[Event, Array], Array]:
         """The network over any batch shape, with units left out of each datum's own where there is a key."""
+        if isinstance(params, GaussianStart):
+            return params.around(self._network(params.network, dropout_key))
         _, static = eqx.filter_eval_shape(self._build, jax.random.key(0))
         network: Any = eqx.combine(params, static)
         axes = len(self._network_input.shape)

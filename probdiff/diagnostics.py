@@ -19,7 +19,7 @@ from probdiff.likelihood.paths import log_importance_weights
 from probdiff.psis import k_threshold, pareto_k
 from probdiff.sampling import forward_draws, noise_levels, one_fit, reverse_draws
 from probdiff.types import Key, Params
-from probdiff.units import to_chain
+from probdiff.units import Units, to_chain
 
 _LEVEL = 0.01  # of the bands and of the verdict
 
@@ -35,8 +35,7 @@ def to_datatree(
     x: ArrayLike,
     *,
     losses: Float[np.ndarray, "C steps"],
-    loc: np.ndarray,
-    scale: np.ndarray,
+    units: Units,
     rng_key: Key,
     num_draws: int = 500,
     features: Sequence[str] | None = None,
@@ -56,12 +55,13 @@ def to_datatree(
     | fit | beta, log_snr, elbo_part | chain, t | schedule, and the terms of K = Σ_t elbo_part − prior_kl |
     | fit | prior_kl | chain | KL(q(x_T given x_0) ‖ p(x_T)) |
 
+    Where the chain's axes are not those of the features, x_t is turned back to them, R·x_t of `Units`.
     A fit is a point estimate, so the mean over draws of `log_likelihood` is the bound itself: each draw is the
     mean plus 1/√num_draws of one Monte Carlo estimate's deviation from it. `elbo_part` at t = 1 is the reconstruction.
     """
-    C, x_0 = len(losses), to_chain(d, d.checked(x, "x"), loc, scale)
+    C, x_0 = len(losses), to_chain(d, d.checked(x, "x"), units)
     check_count(num_draws, "num_draws", 25)  # to fit the tail of the weights
-    size, log_det = x_0[0].size, float(np.log(scale).sum())
+    size, log_det = x_0[0].size, units.log_det
     names = labels(features, size).tolist()
     if len(names) != size:
         raise ValueError(f"features has {len(names)} names; the data have {size} features")
@@ -73,9 +73,14 @@ def to_datatree(
         rows = np.concatenate(
             [jax.random.permutation(key, len(x_0)) for key in jax.random.split(key_rows, -(-num_draws // len(x_0)))]
         )[:num_draws]
-        q = forward_draws(d, params, x_0[rows], key_q, times).reshape(num_draws, len(times), size)
-        p = reverse_draws(d, params, key_p, num_draws, times).reshape(num_draws, len(times), size)
-        reference = reverse_draws(d, params, key_pit, 10 * num_draws, times).reshape(10 * num_draws, len(times), size)
+        q, p, reference = (
+            np.asarray(units.to_features(draws), draws.dtype).reshape(len(draws), len(times), size)
+            for draws in (
+                forward_draws(d, params, x_0[rows], key_q, times),
+                reverse_draws(d, params, key_p, num_draws, times),
+                reverse_draws(d, params, key_pit, 10 * num_draws, times),
+            )
+        )
         forward.append(q)
         posterior.append(p)
         pit.append(_ranks(q, reference))
@@ -87,7 +92,7 @@ def to_datatree(
         weights.append(log_importance_weights(d, params, x_0, rng_key=key_weight, num_draws=num_draws) - log_det)
     noise = noise_levels(d, stacked_params, C)
     paths = {"dims": {"x": ["t", "feature"]}, "coords": {"t": times, "feature": names}}
-    x_0_drawn = loc.ravel() + scale.ravel() * np.stack(posterior)[:, :, 0]
+    x_0_drawn = units.loc.ravel() + units.scale.ravel() * np.stack(posterior)[:, :, 0]
     observed = np.asarray(x, np.float64).reshape(len(x_0), size)
     steps = np.arange(1, d.num_timesteps + 1)
     per_t = {name: ["t"] for name in ("beta", "log_snr", "elbo_part")}

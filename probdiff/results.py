@@ -24,10 +24,11 @@ from probdiff.likelihood.flow import ode
 from probdiff.likelihood.paths import iwae, upper
 from probdiff.likelihood.result import LogLikelihood
 from probdiff.likelihood.smc import smc
+from probdiff.networks.gaussian_start import with_start
 from probdiff.sampling import in_precision, noise_levels, one_fit, reverse_draws
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Event, Key, Params
-from probdiff.units import to_chain, warn_of_precision
+from probdiff.units import Units, to_chain, warn_of_precision
 
 Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
 
@@ -36,11 +37,12 @@ Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
 class Fit:
     """A fitted diffusion. Where it holds several independent fits, every result has them as a leading axis of size C.
 
-    What goes in and comes out is in the data's own units: x = loc + scale·x_0, with the log-determinant −Σ log scale
-    in every log density. `stacked_params` has the leading axis even for one fit. `features` are the names of the
-    columns of the data frame that was fitted: those of a frame that is given later are taken by name, whatever their
-    order, and those of an array by position. `whole` says which features, flattened, are integers that were
-    dequantised: draws of them are rounded down.
+    What goes in and comes out is in the data's own units: x = loc + scale·(R·x_0), with R the orthogonal `rotation`, or
+    the identity where that is None, and with the log-determinant −Σ log scale in every log density.
+    `stacked_params` has the leading axis even for one fit. `features` are the names of the columns of the data frame
+    that was fitted: those of a frame that is given later are taken by name, whatever their order, and those of an array
+    by position. `whole` says which features, flattened, are integers that were dequantised: draws of them are rounded
+    down.
     """
 
     diffusion: Diffusion
@@ -51,6 +53,8 @@ class Fit:
     scale: np.ndarray
     features: tuple[str, ...] | None = None
     whole: tuple[bool, ...] | None = None
+    rotation: np.ndarray | None = None
+    steps: np.ndarray | None = None
 
     def __repr__(self) -> str:
         d, steps = self.diffusion, self.stacked_losses.shape[1]
@@ -61,16 +65,22 @@ class Fit:
         if self.stacked_validation.size:
             best = ", ".join(f"{step:,}" for step in self.steps_kept)
             how = f"best of validation, nats per datum: {_numbers(self.stacked_validation.max(1))}, after {best} steps"
-        beta = np.asarray(self.noise_levels.beta)
+            how += " (0: the Gaussian that it starts from)" * (0 in self.steps_kept)
+        beta, rotated = np.asarray(self.noise_levels.beta), "x_0" if self.rotation is None else "(R·x_0)"
         return "\n".join(
             [
                 f"Fit of a {type(d).__name__}: {self.loc.size} feature(s){names}, T = {d.num_timesteps}{options}",
                 f"{self.num_chains} chain(s) of {steps:,} steps",
                 how,
                 f"β_t from {beta[:, 0].min():.3g} to {beta.max():.3g}, of {type(d.schedule).__name__}",
-                f"data = loc + scale·x_0: loc {_numbers(self.loc.ravel())}; scale {_numbers(self.scale.ravel())}",
+                f"data = loc + scale·{rotated}: loc {_numbers(self.loc.ravel())}; scale {_numbers(self.scale.ravel())}",
             ]
         )
+
+    @property
+    def units(self) -> Units:
+        """The chain's own units in those of the data."""
+        return Units(self.loc, self.scale, self.rotation)
 
     @property
     def num_chains(self) -> int:
@@ -108,7 +118,12 @@ class Fit:
 
     @property
     def steps_kept(self) -> list[int]:
-        """After how many steps the params of each fit were those that are kept: its best check, or without one all."""
+        """After how many steps the params of each fit were those that are kept: its best check, or without one all.
+
+        Zero where the network was no better than the Gaussian that it starts from.
+        """
+        if self.steps is not None:
+            return self.steps.tolist()
         steps, checks = self.stacked_losses.shape[1], self.stacked_validation.shape[1]
         if not checks:
             return [steps] * self.num_chains
@@ -133,6 +148,7 @@ class Fit:
             stacked_params=jax.tree.map(lambda leaf: leaf[part], self.stacked_params),
             stacked_losses=self.stacked_losses[part],
             stacked_validation=self.stacked_validation[part],
+            steps=None if self.steps is None else self.steps[part],
         )
 
     def sample(self, rng_key: Key, n: int, *, paths: bool = False) -> np.ndarray:
@@ -150,7 +166,7 @@ class Fit:
         draws = draws if paths else draws[:, :, 0]
         if self.diffusion.family.support.is_discrete:  # bits have no units
             return self._squeeze(draws)
-        draws = self.loc + self.scale * draws
+        draws = self.units.to_data(draws)
         return self._squeeze(draws if paths else self.rounded(draws))
 
     def prior(self) -> Callable[..., Event]:
@@ -165,7 +181,7 @@ class Fit:
         if self.diffusion.family.support.is_discrete:  # bits have no units
             return program
         warn_of_precision(self.loc, self.scale, self.features)
-        return lambda *, stacked=False: self.loc + self.scale * program(stacked=stacked)
+        return lambda *, stacked=False: self.units.to_data(program(stacked=stacked))
 
     def elbo_parts(self, x: ArrayLike, *, rng_key: Key, num_draws: int = 8) -> ELBOParts:
         """The parts of the ELBO per datum, nats, in the data's own units; see `ELBOParts`.
@@ -179,7 +195,7 @@ class Fit:
             for c in range(self.num_chains)
         ]
         terminal, steps, first = (self._squeeze(np.stack([getattr(one, name) for one in fits])) for name in PARTS)
-        return ELBOParts(terminal, steps, first - np.log(self.scale).sum())
+        return ELBOParts(terminal, steps, first - self.units.log_det)
 
     def log_likelihood(
         self,
@@ -227,7 +243,7 @@ class Fit:
         )
         k = [r.pareto_k for r in results if r.pareto_k is not None]
         return LogLikelihood(
-            values - np.log(self.scale).sum(), mcse, results[0].kind, self._squeeze(np.stack(k)) if k else None
+            values - self.units.log_det, mcse, results[0].kind, self._squeeze(np.stack(k)) if k else None
         )
 
     def to_datatree(
@@ -239,8 +255,7 @@ class Fit:
             self.stacked_params,
             self.checked(x),
             losses=self.stacked_losses,
-            loc=self.loc,
-            scale=self.scale,
+            units=self.units,
             rng_key=check_key(rng_key),
             num_draws=num_draws,
             features=self.features if features is None else features,
@@ -253,7 +268,7 @@ class Fit:
     def save(self, path: str | Path) -> None:
         """Writes the fit to one .npz file, whole or not at all; `Fit.load` reads it. Raises `OSError`."""
         leaves = {f"leaf_{i:04}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.stacked_params))}
-        named = (("features", self.features), ("whole", self.whole))
+        named = (("features", self.features), ("whole", self.whole), ("rotation", self.rotation), ("steps", self.steps))
         optional = {name: np.array(held) for name, held in named if held is not None}
         names = np.array(
             [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.stacked_params)]
@@ -293,9 +308,13 @@ class Fit:
                 raise ValueError(
                     f"{path} holds the fit of another diffusion: its {name} is {arrays[name].tolist()}, not {mine}"
                 )
-        template = jax.eval_shape(d.initial_params, jax.random.key(0))
-        wanted, treedef = jax.tree_util.tree_flatten_with_path(template)
-        names = [jax.tree_util.keystr(path) for path, _ in wanted]
+        bare = jax.eval_shape(d.initial_params, jax.random.key(0))
+        # fits of Gaussian chains have a start around the network's params, but for those of earlier versions
+        for template in (bare, with_start(bare, *[jnp.zeros(d.event_shape)] * 3)):
+            wanted, treedef = jax.tree_util.tree_flatten_with_path(template)
+            names = [jax.tree_util.keystr(path) for path, _ in wanted]
+            if names == arrays["names"].tolist():
+                break
         if names != arrays["names"].tolist():
             raise ValueError(f"{path} holds the fit of another diffusion: its params are {some(arrays['names'])}")
         leaves = [arrays[f"leaf_{i:04}"] for i in range(len(names))]
@@ -306,7 +325,9 @@ class Fit:
                 )
         params = jax.tree.unflatten(treedef, [jnp.asarray(leaf) for leaf in leaves])
         features, whole = (tuple(arrays[name].tolist()) if name in arrays else None for name in ("features", "whole"))
-        fit = cls(d, params, arrays["losses"], arrays["validation"], arrays["loc"], arrays["scale"], features, whole)
+        units = Units(arrays["loc"], arrays["scale"], arrays.get("rotation"))
+        of_fit = arrays["losses"], arrays["validation"], units.loc, units.scale, features, whole, units.rotation
+        fit = cls(d, params, *of_fit, arrays.get("steps"))
         beta = np.asarray(fit.noise_levels.beta)
         if beta.shape != arrays["beta"].shape or not np.allclose(beta, arrays["beta"], rtol=1e-5, atol=0):
             raise ValueError(f"{path} holds the fit of another diffusion: its β_t are not those of this schedule")
@@ -331,7 +352,7 @@ class Fit:
 
     def standardise(self, x: ArrayLike, name: str = "x") -> np.ndarray:
         """x in the chain's own units, checked."""
-        return to_chain(self.diffusion, self.checked(x, name), self.loc, self.scale, name)
+        return to_chain(self.diffusion, self.checked(x, name), self.units, name)
 
     def _standardise_paths(self, x: ArrayLike) -> np.ndarray:
         """x_0…x_T in the chain's own units, (C, N, T+1, *event_shape), checked."""
@@ -346,7 +367,7 @@ class Fit:
             )
         check = self.diffusion.checked
         paths = [np.stack([check(one[:, t], f"x at t = {t}") for t in range(shape[0])], axis=1) for one in array]
-        return np.stack([to_chain(self.diffusion, one, self.loc, self.scale) for one in paths])
+        return np.stack([to_chain(self.diffusion, one, self.units) for one in paths])
 
 
 def _numbers(values: np.ndarray) -> str:

@@ -14,6 +14,7 @@ from probdiff import datasets, families, networks, schedules
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.families.base import family_options
 from probdiff.files import atomic_write
+from probdiff.fitting.fit import is_few
 from probdiff.results import Fit
 
 SCHEDULES: dict[str, Callable[[int], Any]] = {
@@ -97,9 +98,13 @@ class Run:
         )
         return GaussianDiffusion((size,), schedule, network, covariance)
 
-    def patience(self, data_split: datasets.Split) -> int:
+    def stopping(self, data_split: datasets.Split) -> dict[str, Any]:
+        """The options of a fit that say when it stops; none of few real rows, for which it has its own."""
         chosen = self.options["patience"]
-        return (0 if data_split.density else 20) if chosen is None else chosen
+        if chosen is None and not data_split.density and is_few(*data_split.train.shape):
+            return {}
+        patience = (0 if data_split.density else 20) if chosen is None else chosen
+        return {"validation": 0.15 if patience else 0.0, "patience": patience or None}
 
     def keep(self, fit: Fit, data_split: datasets.Split, beside: dict[str, np.ndarray]) -> None:
         """Writes the fit, the held-out rows and the options, so that nothing else is wanted to open the run.

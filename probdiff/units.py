@@ -1,6 +1,7 @@
 """The chain's own units, and those of the data."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,45 @@ from probdiff.families.base import state_dtype
 _MOST_OF_BULK = 2.5  # times the bulk's standard deviation: a feature whose own is larger may be warned of
 _EXTREME = 75.0  # of the bulk's standard deviations: it is warned of if a value is further out
 ROBUST = 4.0  # times the bulk's standard deviation: beyond, the unit of a feature that is warned of is robust
+_MOST_ROTATED = 128  # features
+_LEAST_VARIANCE = 1e-6  # of features with unit variance
+_COUNTED, _REPEATED = 5_000, 5  # rows whose distinct values are counted, and how often each is there in levels
 _FINEST = 1e-3  # of the chain's unit, between neighbouring numbers of the data
 _MARGIN = 0.4  # z of more than the largest number of a precision to this power is refused: z²/β_t must be finite
+
+
+class Units(NamedTuple):
+    """x = loc + scale·(R·z), z in the chain's own units; without `rotation` R is the identity.
+
+    loc and scale (*event_shape); R (D, D) is orthogonal, of features that are a vector.
+    """
+
+    loc: np.ndarray
+    scale: np.ndarray
+    rotation: np.ndarray | None = None
+
+    def to_data(self, z: Any) -> Any:
+        """z (…, *event_shape) in the data's own units."""
+        return self.loc + self.scale * self.to_features(z)
+
+    def to_features(self, z: Any) -> Any:
+        """R·z."""
+        return z if self.rotation is None else z @ self.rotation.T
+
+    def to_chain(self, x: Any) -> Any:
+        """x (…, *event_shape) in the chain's own units."""
+        z = (x - self.loc) / self.scale
+        return z if self.rotation is None else z @ self.rotation
+
+    @property
+    def flat(self) -> "Units":
+        """The same of features that are flattened."""
+        return self._replace(loc=self.loc.ravel(), scale=self.scale.ravel())
+
+    @property
+    def log_det(self) -> float:
+        """Of a density in the chain's units over that in the data's, nats."""
+        return float(np.log(self.scale).sum())
 
 
 def chain_units(
@@ -40,6 +78,21 @@ def chain_units(
     return np.where(far, median, loc), np.where(far, np.sqrt(bulk * std), std)
 
 
+def warn_of_levels(x: np.ndarray, features: Sequence[str] | None = None) -> None:
+    """Warns of features of x (N, *event_shape) whose values are each there five times or more, on average."""
+    some_rows = x[:_COUNTED].reshape(min(len(x), _COUNTED), -1)
+    distinct = np.array([len(np.unique(column)) for column in some_rows.T])
+    levels = distinct * _REPEATED <= len(some_rows)
+    if levels.any():
+        names, i = labels(features, x[0].size), int(np.argmin(distinct))
+        warn(
+            f"feature(s) {some(names[levels])} look like levels and not like measurements: '{names[i]}' has "
+            f"{distinct[i]} distinct values in {len(some_rows):,} rows. Their density has no bound, so a fit can grow "
+            "for ever on them, and log densities of two fits cannot be compared. Add noise as wide as the distance of "
+            "two levels, leave them out, or dequantise integers"
+        )
+
+
 def warn_of_outliers(x: np.ndarray, features: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Warns of features of x (N, *event_shape) with values far out; which they are, and all their bulk's deviations."""
     low, median, high = np.quantile(x, [0.05, 0.5, 0.95], axis=0)
@@ -58,12 +111,26 @@ def warn_of_outliers(x: np.ndarray, features: Sequence[str] | None = None) -> tu
     return outlying, bulk
 
 
-def to_chain(d: Diffusion, x: np.ndarray, loc: np.ndarray, scale: np.ndarray, name: str = "x") -> np.ndarray:
-    """x (N, …, *event_shape) in the chain's own units, (x − loc)/scale; NaN where x is.
+def principal_axes(z: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+    """The axes R (D, D) on which z (N, *event_shape) is uncorrelated, and its variances there.
+
+    Both are of the covariance that Ledoit and Wolf shrink. Of one feature, of more than 128 and of arrays that are no
+    vectors there is no R, and the variances are those of the features.
+    """
+    if z.ndim != 2 or not 1 < z.shape[1] <= _MOST_ROTATED:
+        return None, np.maximum(z.var(0), _LEAST_VARIANCE)
+    from sklearn.covariance import LedoitWolf
+
+    variance, rotation = np.linalg.eigh(LedoitWolf().fit(z).covariance_)
+    return rotation, np.maximum(variance, _LEAST_VARIANCE)
+
+
+def to_chain(d: Diffusion, x: np.ndarray, units: Units, name: str = "x") -> np.ndarray:
+    """x (N, …, *event_shape) in the chain's own units, Rᵀ·(x − loc)/scale; NaN where x is.
 
     Raises `ValueError` for entries so far out that their densities cannot be computed in this precision.
     """
-    z, precision = (x - loc) / scale, state_dtype(d.family)
+    z, precision = units.to_chain(x), state_dtype(d.family)
     if not d.family.support.is_discrete:
         farthest = float(jnp.finfo(precision).max) ** _MARGIN
         if np.any(np.abs(z) > farthest):

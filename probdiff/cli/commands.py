@@ -13,6 +13,7 @@ from probdiff import datasets, families
 from probdiff.baselines import baselines
 from probdiff.checks import check_count
 from probdiff.cli.app import app
+from probdiff.cli.evaluation import how_it_ended
 from probdiff.cli.evaluation import report as report_on
 from probdiff.cli.processes import start_processes
 from probdiff.files import atomic_write
@@ -29,7 +30,10 @@ _DATA = (
     f"swiss-roll, 8-gaussians, digits, wine, breast-cancer, or a file in {_FILES}; of bits heartbeat, binary-digits, "
     "or a file with --binary"
 )
-_PATIENCE = "checks without progress on validation data before stopping; 0: never [default: 20 for real data, 0 else]"
+_PATIENCE = (
+    "checks without progress on held-out rows before stopping; 0: never [default: 20 for real data, 0 else; of few "
+    "rows each fifth is held out in turn]"
+)
 _COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features with 100 rows for each, diagonal else]"
 _SCHEDULE = f"{', '.join(SCHEDULES)} [default: learned-betas, of bits harmonic]"
 _GIVEN = "file of rows that are known in part, in empty cells or whole columns: -n draws for each, with its number"
@@ -100,7 +104,6 @@ def fit(
     train = data_split.train
     d = run.diffusion(len(train), train.shape[1], bits=np.issubdtype(train.dtype, np.integer))
     devices.from_first_process(lambda: run.check_free(resume))
-    patience_chosen = run.patience(data_split)
     if first:
         print(
             f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
@@ -117,8 +120,7 @@ def fit(
         batch_size=batch_size,
         num_chains=num_chains,
         learning_rate=learning_rate,
-        validation=0.15 if patience_chosen else 0.0,
-        patience=patience_chosen or None,
+        **run.stopping(data_split),
         checkpoint_dir=run.folder / "checkpoints",
         resume=resume,
     )
@@ -129,9 +131,7 @@ def fit(
     run.keep(fitted, data_split, {})  # before anything else can fail
     if data_split.density is None and not np.issubdtype(train.dtype, np.integer):
         run.keep(fitted, data_split, baselines(train, data_split.test, seed))
-    if (taken := fitted.stacked_losses.shape[1]) < num_steps:
-        best = ", ".join(f"{steps:,}" for steps in fitted.steps_kept)
-        print(f"Stopped at {taken:,} of {num_steps:,} steps: no progress in {patience_chosen} checks; best at {best}")
+    print(how_it_ended(fitted, num_steps), end="")
     report_on(run, fitted, data_split, fitting=time.perf_counter() - start)
 
 

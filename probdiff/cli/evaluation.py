@@ -26,6 +26,23 @@ _DRAWN = 5_000  # that are set beside the held-out rows
 _PARTS = {"log-likelihood": 45, "exact density": 5, "draws": 30, "marginals": 10, "files and figures": 10}
 
 
+def how_it_ended(fitted: Fit, num_steps: int) -> str:
+    """A line that says why a fit has taken fewer steps than it might, or none."""
+    taken, kept = fitted.stacked_losses.shape[1], fitted.steps_kept
+    if 0 in kept:
+        return (
+            "On rows held out the network was no better than a Gaussian, by one standard error: it stays the Gaussian\n"
+        )
+    if taken == num_steps:
+        return ""
+    of_all = f"{taken:,} of {num_steps:,} steps"
+    if taken == max(kept):
+        return f"Fitted for {of_all}, after which rows held out in turn were most likely (cross-validation)\n"
+    checks = round((taken - max(kept)) * fitted.stacked_validation.shape[1] / taken)
+    best = ", ".join(f"{steps:,}" for steps in kept)
+    return f"Stopped at {of_all}: no progress in {checks} checks; best at {best}\n"
+
+
 def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | None = None) -> None:
     """Leaves fit.nc, summary.csv and the figures in the folder, and prints the table.
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from probdiff.fitting.streams import Stream
 from probdiff.locks import one_at_a_time
 from probdiff.types import Data, Key
 
+_CONFIGURATION = "configuration.json"
 _EARLIER = {"optimizer": None}  # what runs had before it could be chosen
 
 
@@ -77,10 +78,11 @@ def configuration(
     settings: dict[str, Any],
     d: Any,
     x: Data | Stream,
-    units: tuple[Any, Any],
+    units: Sequence[Any],
     validation: Data | None,
     rng_key: Key,
     state: Any,
+    start: str | None = None,
 ) -> dict[str, Any]:
     """What must be the same in the run that a checkpoint goes on with."""
     # of a file its units, the mean and the standard deviation, stand for the rows
@@ -89,11 +91,24 @@ def configuration(
         "precision": str(jnp.result_type(float)),
         **settings,
         "diffusion": description(d),
+        "start": start,
         "rng_key": np.asarray(jax.random.key_data(rng_key)).tolist(),  # before x, whose held-out rows it draws
         "x": _digest(whole),
         "validation": None if validation is None else _digest([validation]),
         "initial state": _digest(_raw(state)),
     }
+
+
+def refuse_to_overwrite(directory: str | Path | None, resume: bool) -> None:
+    """Raises `FileExistsError` where a folder holds a run that is not to be gone on with."""
+    if directory is not None and not resume and (Path(directory) / _CONFIGURATION).exists():
+        raise FileExistsError(f"{Path(directory).absolute()} already holds a run: resume it, or choose another folder")
+
+
+def starts_at_noise(directory: Path) -> bool:
+    """Whether a folder holds a run of an earlier version, whose network starts at the reversal of N(0, I)."""
+    described = directory / _CONFIGURATION
+    return described.exists() and "start" not in json.loads(described.read_text())
 
 
 class Checkpoints:
@@ -120,11 +135,10 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # slow to import, and not every fit wants it
 
         directory = directory.absolute()
-        described = directory / "configuration.json"
+        described = directory / _CONFIGURATION
         held, goes_on = None, False
+        refuse_to_overwrite(directory, resume)
         if described.exists():
-            if not resume:
-                raise FileExistsError(f"{directory} already holds a run: resume it, or choose another folder")
             held, wanted = _EARLIER | json.loads(described.read_text()), json.loads(json.dumps(configuration))
             goes_on = held.get("num_steps", 0) < wanted.get("num_steps", 0)
             other = _difference(held, wanted | {"num_steps": held.get("num_steps")} if goes_on else wanted)

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,33 @@ from numpy.typing import ArrayLike
 from probdiff.chains import Diffusion
 from probdiff.checks import check_key, described, feature_names
 from probdiff.datasets.named import split
-from probdiff.fitting.loop import Objective, Settings, Times, train
+from probdiff.fitting import devices
+from probdiff.fitting.checkpoints import refuse_to_overwrite, starts_at_noise
+from probdiff.fitting.folds import FOLDS, cross_validate, stretched
+from probdiff.fitting.loop import train
+from probdiff.fitting.settings import Objective, Settings, Times
 from probdiff.fitting.streams import Stream
+from probdiff.networks.gaussian_start import of_network, widened
 from probdiff.results import Fit
 from probdiff.sampling import in_precision, one_fit
 from probdiff.types import Key, Params
-from probdiff.units import chain_units, to_chain, warn_of_outliers, warn_of_precision
+from probdiff.units import (
+    Units,
+    chain_units,
+    principal_axes,
+    to_chain,
+    warn_of_levels,
+    warn_of_outliers,
+    warn_of_precision,
+)
 
 _ROWS_PER_FEATURE = 100  # fewer are few
 _HELD_OUT = 0.15
+_OF_FEW = {"learning_rate": 1e-3, "schedule_learning_rate": 2e-2}
+_SMOOTHINGS = (0.0, 0.5)
+_PATIENCE_OF_FOLDS = 10
+_MATCHED_DRAWS = 20_000
+_LEAST_STEPS = 1000  # of β_t, where the network does not pay
 
 
 def fit(
@@ -42,6 +62,7 @@ def fit(
     validation: ArrayLike | float | None = None,
     patience: int | None = None,
     dropout: bool | None = None,
+    smoothing: float | None = None,
     init: Fit | None = None,
     whole: Sequence[str | int] | None = None,
     checkpoint_dir: str | Path | None = None,
@@ -69,10 +90,20 @@ def fit(
     `whole` names or counts the features that were integers before they were dequantised: draws are rounded down to
     integers again.
 
+    The start of a Gaussian chain is the reversal of N(m, S), S the covariance of x shrunk as Ledoit and Wolf do; see
+    `GaussianStart`, which also bounds what is predicted. The chain's axes are those on which S is diagonal, for vectors
+    of up to 128 features. With validation data, a fit that is not better than that Gaussian by more than one standard
+    error of the paired difference stays the Gaussian.
+
     A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
-    network's `dropout`, to hold out a share of 0.15 and to stop after a `patience` of 20 checks without progress on it;
-    elsewhere none of the three. Below 10 rows, and of a stream, none are held out. `check_every` is 100 steps with
-    validation data and 500 without. See `Settings` for the rest and `train` for checkpoints.
+    network's `dropout`, a `learning_rate` of 1e-3, and cross-validation: each fifth of the rows is held out in turn,
+    until its ELBO has not risen by 0.01 nats for a `patience` of 10 checks, with a `smoothing` of 0 and of 0.5. Then
+    all rows are fitted for as many steps as were best, with the smoothing that was, and the units are set so that draws
+    of each feature have the mean and the standard deviation of its rows, unless held-out rows speak against it. A
+    smoothing of h fits √(1−h²)·x + h·ε, ε from N(m, S), drawn anew for each batch. With `validation`, and for bits,
+    where a share of 0.15 is held out, there is no cross-validation, and `patience` is 20. Elsewhere, below 10 rows and
+    of a stream, none are held out. `check_every` is 100 steps with rows held out and 500 without. See `Settings` for
+    the rest and `train` for checkpoints.
     Warns of features with outlying values or heavy tails, and of those too far from zero for single precision.
     Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
     """
@@ -93,59 +124,137 @@ def fit(
     num_rows = x.shape[0]
     if batch_size is not None and batch_size > num_rows:
         raise ValueError(f"batch_size is {batch_size}; x has {num_rows} rows")
-    few = num_rows < _ROWS_PER_FEATURE * math.prod(d.event_shape)
+    few = is_few(num_rows, math.prod(d.event_shape))
     rng_key = check_key(rng_key)
-    if validation is None and few and not isinstance(x, Stream) and round(_HELD_OUT * num_rows) >= 2:
+    at_noise = resume and checkpoint_dir is not None and starts_at_noise(Path(checkpoint_dir))
+    units, gaussian = _units_and_gaussian(d, x, init, features, at_noise)
+    gently = few and gaussian is not None and not isinstance(x, Stream)
+    folded = gently and validation is None and num_rows >= 2 * FOLDS
+    if validation is None and few and not folded and not isinstance(x, Stream) and round(_HELD_OUT * num_rows) >= 2:
         validation = _HELD_OUT
     data: np.ndarray | Stream
     if isinstance(x, Stream):
-        loc, scale = x.moments() if init is None else (init.loc, init.scale)
-        data, held_out = x.standardised(loc, scale), _held_out_of_stream(d, x, validation, features)
+        data, held_out = x.standardised(units), _held_out_of_stream(d, x, validation, features)
     else:
-        if init is None:
-            loc, scale = chain_units(d, x, features)
-        else:
-            loc, scale = init.loc, init.scale
-            if not d.family.support.is_discrete:
-                warn_of_outliers(x, features)
-        data, held_out = _hold_out(d, to_chain(d, x, loc, scale), validation, rng_key, features)
-    if isinstance(x, Stream) or init is not None:
-        warn_of_precision(loc, scale, features)
+        z = to_chain(d, x, units)
+        data, held_out = _hold_out(d, z, validation, rng_key, features)
     if held_out is not None and validation is not None and np.ndim(validation):
-        held_out = to_chain(d, held_out, loc, scale, "validation")
-    patience = 20 if few and held_out is not None and patience is None else patience
-    if patience is not None and held_out is None:
+        held_out = to_chain(d, held_out, units, "validation")
+    if few and patience is None:
+        patience = _PATIENCE_OF_FOLDS if folded else 20 if held_out is not None else None
+    if patience is not None and held_out is None and not folded:
         raise ValueError("patience wants validation data to watch; pass validation=")
+    if smoothing is not None and (isinstance(smoothing, bool) or not 0 <= smoothing < 1):
+        raise ValueError(f"smoothing is {smoothing!r}; it must be at least 0 and less than 1")
+    if smoothing and gaussian is None:
+        raise ValueError("smoothing is of Gaussian chains that start anew: not of bits, nor with init")
+    slow = gently and optimizer is None and learning_rate is None
     settings = Settings(
         num_steps=num_steps,
         batch_size=min(512 if batch_size is None else batch_size, data.shape[0]),
         num_chains=num_chains,
         objective=objective,
         times=times,
-        learning_rate=learning_rate,
+        **(_OF_FEW if slow else {"learning_rate": learning_rate}),
         gradient_clip=gradient_clip,
         optimizer=optimizer,
-        check_every=check_every if check_every is not None else 500 if held_out is None else 100,
+        check_every=check_every if check_every is not None else 100 if folded or held_out is not None else 500,
         patience=patience,
         dropout=few if dropout is None else dropout,
     )
-    trained = train(
+    chosen = None
+    if folded:
+        refuse_to_overwrite(checkpoint_dir, resume)
+        tried = _SMOOTHINGS if smoothing is None else (smoothing,)
+        compute = partial(
+            cross_validate,
+            d,
+            (x - units.loc) / units.scale,
+            settings,
+            tried,
+            rng_key=rng_key,
+            progress_bar=progress_bar,
+        )
+        chosen = devices.from_first_process(compute)
+    run = partial(
+        train,
         d,
-        data,
-        settings,
         rng_key=rng_key,
-        units=(loc, scale),
-        init=None if init is None else _start_of(init, d, num_chains),
-        validation=held_out,
-        checkpoint_dir=checkpoint_dir,
+        units=[leaf for leaf in units if leaf is not None],
+        init=None if init is None else _start_of(init, d, num_chains, None if isinstance(x, Stream) else z),
+        gaussian=gaussian,
         resume=resume,
         progress_bar=progress_bar,
+        checkpoint_dir=checkpoint_dir,
         mesh=mesh,
     )
-    log_det = float(np.log(scale).sum())
-    return Fit(
-        d, trained.params, trained.losses + log_det, trained.validation - log_det, loc, scale, features, is_whole
+    if chosen is None:
+        trained = run(data, settings, validation=held_out, smoothing=smoothing or None)
+        curve = trained.validation
+    else:
+        steps = chosen.steps if chosen.pays else min(num_steps, max(chosen.steps, _LEAST_STEPS))
+        settings = replace(settings, patience=None)
+        trained = run(z, settings, smoothing=chosen.smoothing, keep_at=steps, pays=chosen.pays)
+        curve = np.tile(chosen.curve, (num_chains, 1))
+    found = Fit(
+        d,
+        trained.params,
+        trained.losses + units.log_det,
+        curve - units.log_det,
+        units.loc,
+        units.scale,
+        features,
+        is_whole,
+        units.rotation,
+        trained.steps,
     )
+    if chosen is None or not chosen.matched or isinstance(x, Stream):
+        return found
+    return _matched(found, x, jax.random.fold_in(rng_key, 2))
+
+
+def is_few(num_rows: int, num_features: int) -> bool:
+    """Whether rows are so few that a network overfits them."""
+    return num_rows < _ROWS_PER_FEATURE * num_features
+
+
+def _matched(fit: Fit, x: np.ndarray, rng_key: Key) -> Fit:
+    """The fit with the units in which draws of each feature have the mean and the standard deviation of its rows.
+
+    A network that has seen few rows takes too much for known, so that draws vary too little.
+    """
+    draws = replace(fit, whole=None).sample(rng_key, _MATCHED_DRAWS).reshape(-1, *fit.loc.shape)
+    stretch = stretched(x, draws)
+    return replace(fit, loc=stretch.to_data(fit.loc), scale=stretch.scale * fit.scale)
+
+
+def _units_and_gaussian(
+    d: Diffusion, x: np.ndarray | Stream, init: Fit | None, features: tuple[str, ...] | None, at_noise: bool
+) -> tuple[Units, tuple[Any, Any, Any] | None]:
+    """The chain's units, and log Λ, low and high of the `GaussianStart`, in them; those of `init` if any.
+
+    None of bits, of a fit that goes on from `init`, and where the fit is to start `at_noise`, as earlier versions did.
+    Of a stream the features count as independent.
+    """
+    if init is not None:
+        if not isinstance(x, Stream) and not d.family.support.is_discrete:
+            warn_of_outliers(x, features)
+        warn_of_precision(init.loc, init.scale, features)
+        return init.units, None
+    if isinstance(x, Stream):
+        loc, scale, low, high = x.moments()
+        warn_of_precision(loc, scale, features)
+        units, variance, ends = Units(loc, scale), np.ones(d.event_shape), np.stack([low, high])
+    else:
+        units = Units(*chain_units(d, x, features))
+        if not d.family.support.is_discrete:
+            warn_of_levels(x, features)
+        if d.family.support.is_discrete or at_noise:
+            return units, None
+        rotation, variance = principal_axes(units.to_chain(x))
+        units, ends = units._replace(rotation=rotation), x
+    z = units.to_chain(ends)
+    return units, None if at_noise else (np.log(variance), z.min(0), z.max(0))
 
 
 def _is_whole(
@@ -162,15 +271,19 @@ def _is_whole(
     return tuple(i in places for i in range(size))
 
 
-def _start_of(init: Fit, d: Diffusion, num_chains: int) -> Params:
-    """The params of a fit, with a leading axis of `num_chains`. Raises `ValueError` where d has others."""
+def _start_of(init: Fit, d: Diffusion, num_chains: int, z: np.ndarray | None) -> Params:
+    """The params of a fit, with a leading axis of `num_chains`, their bounds as wide as the data z ask for.
+
+    Raises `ValueError` where d has others.
+    """
     if init.num_chains not in (1, num_chains):
         raise ValueError(f"init has {init.num_chains} chains; num_chains is {num_chains}: choose one by init.chain(c)")
     mine = jax.eval_shape(d.initial_params, jax.random.key(0))
-    if init.diffusion.family != d.family or _layout(one_fit(init.stacked_params, 0)) != _layout(mine):
+    if init.diffusion.family != d.family or _layout(of_network(one_fit(init.stacked_params, 0))) != _layout(mine):
         raise ValueError("init is a fit of another diffusion: its family, or the names or shapes of its params, differ")
     copies = num_chains // init.num_chains
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), in_precision(init.stacked_params))
+    params = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), in_precision(init.stacked_params))
+    return params if z is None else widened(params, z.min(0), z.max(0))
 
 
 def _layout(params: Params) -> list[tuple[str, tuple[int, ...]]]:

@@ -4,11 +4,12 @@ Progress, early stopping on validation data, checkpoints and resume.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,93 +21,33 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 from probdiff.chains import Diffusion
-from probdiff.checks import check_count
 from probdiff.fitting import devices
 from probdiff.fitting.checkpoints import Checkpoints, configuration, program_digest
+from probdiff.fitting.settings import Settings
 from probdiff.fitting.streams import Stream
 from probdiff.fitting.times import time_probs
 from probdiff.likelihood.elbo import elbo
 from probdiff.locks import one_at_a_time
+from probdiff.networks.gaussian_start import frozen, with_start
 from probdiff.progress import progress as progress_of
 from probdiff.sampling import one_fit
 from probdiff.schedules import Schedule
 from probdiff.types import Data, Key, Params
 
-Objective = Literal["at_time", "mean_field", "trace"]
-Times = Literal["even", "weighted"]
 _AVERAGING = 0.01  # weight of the newest params in their moving average
-_SCHEDULE_RATE = 10.0  # logits of β_t travel by several units, weights of a network by tenths
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a diffusion is fitted.
-
-    `objective`: "at_time" (one t per datum), "mean_field" (all t, closed-form KLs) or "trace" (all t, N17 as it is).
-    `times`, of "at_time": "even", all t alike, or "weighted", by `time_probs`, anew at every check.
-    Adam's learning rate falls from `learning_rate`, 2e-3, and from ten times that for the schedule's params, to zero
-    along a cosine over `num_steps`; `gradient_clip`, 1, bounds the global norm of the gradient of the loss per datum,
-    for bits that of the network's params alone. `optimizer`, an Optax transformation or an optimiser of NumPyro, takes
-    the place of all of that; it is given the loss per datum's gradient in the unconstrained params. Progress,
-    validation and checkpoints come every `check_every` steps. With `patience`, fitting stops when no fit's validation
-    ELBO has risen for that many checks. With `dropout`, the losses are those of a network with units left out.
-    Raises `ValueError` for a value out of its range, and for a learning_rate or a gradient_clip beside an optimizer;
-    `TypeError` for an optimizer that is none.
-    """
-
-    num_steps: int = 20_000
-    batch_size: int = 512
-    num_chains: int = 1
-    objective: Objective = "at_time"
-    learning_rate: float | None = None
-    gradient_clip: float | None = None
-    check_every: int = 500
-    patience: int | None = None
-    dropout: bool = False
-    times: Times = "weighted"
-    optimizer: Any = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "num_chains", "check_every", "patience"):
-            value = getattr(self, name)
-            if name == "patience" and value is None:
-                continue
-            check_count(value, name, 1)
-            object.__setattr__(self, name, int(value))
-        for name, default in (("learning_rate", 2e-3), ("gradient_clip", 1.0)):
-            value = getattr(self, name)
-            if self.optimizer is not None:
-                if value is not None:
-                    raise ValueError(f"{name} is {value}, and optimizer is given, which has its own; leave one out")
-                continue
-            value = default if value is None else value
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be positive and finite")
-            object.__setattr__(self, name, float(value))
-        _check_optimizer(self.optimizer)
-        for name, kinds in (("objective", Objective), ("times", Times)):
-            if getattr(self, name) not in get_args(kinds):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kinds))}")
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    if optimizer is None or isinstance(optimizer, optax.GradientTransformation):
-        return
-    # NumPyro's own optimisers share a class that has no public name
-    if isinstance(optimizer, type) or not all(hasattr(optimizer, name) for name in ("init", "update", "get_params")):
-        raise TypeError(
-            f"optimizer is {optimizer!r}; it must be an Optax transformation such as optax.adamw(1e-3), "
-            "or an optimiser of NumPyro"
-        )
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Constrained params with a leading axis of C fits; losses (C, steps) and validation ELBO (C, checks) in nats."""
+    """Constrained params with a leading axis of C fits; losses (C, steps) and validation ELBO (C, checks) in nats.
+
+    `steps` (C,): after how many steps the params were those that are kept; 0 where the network does not pay.
+    """
 
     params: Params
     losses: np.ndarray
     validation: np.ndarray
+    steps: np.ndarray
 
 
 @one_at_a_time
@@ -133,20 +74,32 @@ def make_svi(d: Diffusion, settings: Settings) -> SVI:
     return SVI(
         handlers.scale(model, scale=1 / settings.batch_size),
         handlers.scale(guide, scale=1 / settings.batch_size),
-        _adam(d, settings) if settings.optimizer is None else settings.optimizer,
+        _with_frozen(_adam(d, settings) if settings.optimizer is None else settings.optimizer),
         loss,
     )
+
+
+def _with_frozen(optimizer: Any) -> Any:
+    """The optimiser, which leaves what is `frozen` where it is."""
+    zero = optax.masked(optax.set_to_zero(), frozen)
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optax.chain(zero, optimizer, zero)  # before a norm is clipped, and after weights decay
+    kept = copy(optimizer)
+    kept.update = lambda g, state, value=None: optimizer.update(zero.update(g, zero.init(g))[0], state, value=value)
+    return kept
 
 
 def _adam(d: Diffusion, settings: Settings) -> optax.GradientTransformation:
     """Adam on a clipped gradient, its learning rate falling along a cosine, larger for the schedule's params."""
     assert settings.learning_rate is not None
+    assert settings.schedule_learning_rate is not None
     assert settings.gradient_clip is not None
     rate = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
     clip = optax.clip_by_global_norm(settings.gradient_clip)
     if d.family.support.is_discrete:  # the score function is large at rare draws, and small without them
         clip = optax.masked(clip, partial(_mask, network=True))
-    return optax.chain(clip, optax.adam(rate), optax.masked(optax.scale(_SCHEDULE_RATE), partial(_mask, network=False)))
+    faster = optax.scale(settings.schedule_learning_rate / settings.learning_rate)
+    return optax.chain(clip, optax.adam(rate), optax.masked(faster, partial(_mask, network=False)))
 
 
 def _mask(params: Params, network: bool) -> dict[str, bool]:
@@ -160,9 +113,18 @@ def _has_params(schedule: Schedule) -> bool:
 
 @one_at_a_time
 @partial(jax.jit, static_argnums=(0, 1))
-def start_state(d: Diffusion, settings: Settings, rng_keys: Key, init: Params | None = None) -> tuple[Any, Params]:
-    """The state of SVI before the first step, with a leading axis of C fits, and its params: those of `init` if any."""
+def start_state(
+    d: Diffusion, settings: Settings, rng_keys: Key, init: Params | None = None, gaussian: Any = None
+) -> tuple[Any, Params]:
+    """The state of SVI before the first step, with a leading axis of C fits, and its params: those of `init` if any.
+
+    `gaussian`, its variances and the bounds, is put around the network's params.
+    """
     svi, x = make_svi(d, settings), jnp.zeros((settings.batch_size, *d.event_shape))
+    if gaussian is not None:
+        params = jax.vmap(d.initial_params)(rng_keys) if init is None else init
+        # the same for all fits, or one for each
+        init = with_start(params, *(jnp.broadcast_to(leaf, (settings.num_chains, *d.event_shape)) for leaf in gaussian))
     state = jax.vmap(lambda key, params: svi.init(key, x, init_params=params))(rng_keys, init)
     # without weak types, which arrays of a checkpoint do not have: else a resumed fit would compile its steps anew
     strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state.optim_state)
@@ -182,8 +144,10 @@ def run_steps(
     batch_keys: Key,
     start: int,
     stop: int,
+    smoothing: Any = None,
 ) -> tuple[Any, Params, Params | None, Any]:
-    """Steps `start` to `stop` of SVI, on batches drawn from the first `num_rows` rows of x.
+    """Steps `start` to `stop` of SVI, on batches drawn from the first `num_rows` rows of x, which each fit may have of
+    its own.
 
     It gives the state, its params, their moving average where one is given, and the losses (C, check_every). It is
     compiled once for a diffusion and its settings.
@@ -192,8 +156,10 @@ def run_steps(
     of_batch = jax.ShapeDtypeStruct((settings.batch_size, *d.event_shape), x.dtype)
     jax.eval_shape(svi.init, batch_keys[0], of_batch)  # from which SVI learns how params are constrained
 
-    def advance(one: tuple[Any, Params | None, Key]) -> tuple[Any, Params, Params | None, Any]:
-        state, average, batch_key = one
+    of_each_fit = x.ndim > 1 + len(d.event_shape)  # rows of its own
+
+    def advance(one: tuple[Any, ...]) -> tuple[Any, Params, Params | None, Any]:
+        state, average, batch_key, x = one if of_each_fit else (*one, shared)
         options = {}
         if settings.objective == "at_time" and settings.times == "weighted":
             key_probs = jax.random.fold_in(jax.random.fold_in(batch_key, start), settings.batch_size)
@@ -202,7 +168,11 @@ def run_steps(
         def step(i: Any, carry: Any) -> Any:
             state, average, losses = carry
             rows = jax.random.randint(jax.random.fold_in(batch_key, i), (settings.batch_size,), 0, num_rows)
-            state, loss = svi.update(state, devices.constrain(x[rows], mesh, "data"), **options)
+            batch = x[rows]
+            if smoothing is not None:
+                noise_key = jax.random.fold_in(jax.random.fold_in(batch_key, i), settings.batch_size)
+                batch = _smoothed(batch, svi.get_params(state), smoothing, noise_key)
+            state, loss = svi.update(state, devices.constrain(batch, mesh, "data"), **options)
             state = devices.constrain(state, mesh)
             if average is not None:
                 weight = jnp.maximum(_AVERAGING, 1 / (1 + i))  # a plain mean until there is enough to average
@@ -213,7 +183,14 @@ def run_steps(
         state, average, losses = jax.lax.fori_loop(start, stop, step, (state, average, losses))
         return state, svi.get_params(state), average, losses
 
-    return devices.each_fit(advance, mesh)((state, average, batch_keys))
+    shared = None if of_each_fit else x
+    return devices.each_fit(advance, mesh)((state, average, batch_keys, *([x] if of_each_fit else [])))
+
+
+def _smoothed(x: Data, params: Params, smoothing: jax.Array, rng_key: Key) -> Data:
+    """√(1−h²)·x_0 + h·ε, ε from the Gaussian of the start: with the covariance of x_0."""
+    std = jnp.exp(params["network$params"].log_variance / 2)
+    return jnp.sqrt(1 - smoothing**2) * x + smoothing * std * jax.random.normal(rng_key, x.shape, x.dtype)
 
 
 def train(
@@ -222,9 +199,13 @@ def train(
     settings: Settings,
     *,
     rng_key: Key,
-    units: tuple[Any, Any] = (0.0, 1.0),
+    units: Sequence[Any] = (0.0, 1.0),
     init: Params | None = None,
+    gaussian: tuple[Any, Any, Any] | None = None,
     validation: Data | None = None,
+    smoothing: float | None = None,
+    keep_at: int | None = None,
+    pays: bool = True,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     progress_bar: bool = True,
@@ -239,7 +220,14 @@ def train(
     on from the newest whole checkpoint and ends with the same bits as a run that never stopped, on the same devices. It
     may have more steps than the run had: then it goes on from the last whole stretch of `check_every` steps, with the
     learning rate of the new number of steps, which is larger there than it was at the end of the old one.
-    `init` are params to start from, with a leading axis of C fits.
+    `init` are params to start from, with a leading axis of C fits. `gaussian`, (log Λ, low, high), each
+    (*event_shape), is the `GaussianStart` around the network's params, which no step changes.
+    With validation data and a `gaussian`, a fit whose best check is not better than the Gaussian alone, by more than
+    one standard error of the paired difference, is that Gaussian, with the β_t of its best check.
+    With a `smoothing` h the steps are taken on rows √(1−h²)·x_0 + h·ε, ε from the Gaussian, drawn anew for each batch:
+    a smoothed bootstrap, whose covariance is that of the rows.
+    `keep_at` is after how many steps to keep the moving average, and to stop, in place of validation; of a network that
+    does not pay only the β_t are kept.
     Among several devices fits and batches are shared out as `devices.choose_mesh` says.
     Raises `FloatingPointError` where the loss stops being finite; `FileExistsError` where `checkpoint_dir` holds
     a run and `resume` is false; `ValueError` where it holds a run of another configuration, and where several processes
@@ -251,26 +239,30 @@ def train(
     svi = make_svi(d, settings)  # which refuses what cannot be fitted, before anything is compiled
     init_key, batch_key, validation_key = jax.random.split(rng_key, 3)
     batch_keys = jax.random.split(batch_key, settings.num_chains)
-    state, params = start_state(d, settings, jax.random.split(init_key, settings.num_chains), init)
-    num_checks = math.ceil(settings.num_steps / settings.check_every)
+    state, first = start_state(d, settings, jax.random.split(init_key, settings.num_chains), init, gaussian)
+    num_steps = settings.num_steps if keep_at is None else keep_at
+    num_checks = math.ceil(num_steps / settings.check_every)
+    averaged = validation is not None or keep_at is not None
     progress = {
         "state": state,
-        "average": None if validation is None else params,
-        "best": params,
-        "losses": np.full((settings.num_chains, settings.num_steps), np.nan, jnp.result_type(float)),
+        "average": first if averaged else None,
+        "best": first,
+        "losses": np.full((settings.num_chains, num_steps), np.nan, jnp.result_type(float)),
         "validation": np.full((settings.num_chains, num_checks), np.nan),
     }
     first_check, checkpoints = 0, None
     if checkpoint_dir is not None or jax.process_count() > 1:
-        arguments = configuration(_described(settings, svi, state), d, x, units, validation, rng_key, state)
+        begins = None if gaussian is None else "Gaussian"
+        described = _described(settings, svi, state) | {"smoothing": smoothing, "keep_at": keep_at, "pays": pays}
+        arguments = configuration(described, d, x, units, validation, rng_key, state, begins)
         layout = None if mesh is None else mesh.shape
         devices.check_same(arguments | {"checkpoint_dir": checkpoint_dir is None, "mesh": layout})
     if checkpoint_dir is not None:
         checkpoints = Checkpoints(Path(checkpoint_dir), arguments, resume)
         first_check, progress = checkpoints.restore(progress)
     bar = progress_of(
-        total=settings.num_steps,
-        initial=min(first_check * settings.check_every, settings.num_steps),
+        total=num_steps,
+        initial=min(first_check * settings.check_every, num_steps),
         show=progress_bar and jax.process_index() == 0,
         unit="step",
         desc="fit",
@@ -282,22 +274,22 @@ def train(
         if _has_stalled(progress["validation"][:, :check], settings.patience):
             break
         start = check * settings.check_every
-        stop = min(start + settings.check_every, settings.num_steps)
+        stop = min(start + settings.check_every, num_steps)
         rows, num_rows = next(buffers)
         state, params, average, losses = run_steps(
-            d, settings, mesh, state, average, rows, num_rows, batch_keys, start, stop
+            d, settings, mesh, state, average, rows, num_rows, batch_keys, start, stop, smoothing
         )
         losses = np.asarray(devices.fetch(losses, mesh))[:, : stop - start]
         _check_finite(losses, start)
         progress["losses"][:, start:stop] = losses
         if validation is None:
-            progress["best"] = devices.fetch(params, mesh)
+            progress["best"] = devices.fetch(params if average is None else average, mesh)
         else:
             checked = devices.fetch(average, mesh)
-            values = devices.from_first_process(partial(_validate, d, checked, validation, validation_key, stop))
+            values = devices.from_first_process(partial(validate, d, checked, validation, validation_key, stop)).mean(1)
             best = np.fmax.reduce(progress["validation"], axis=1, initial=-np.inf)
             progress["validation"][:, check] = values
-            progress["best"] = _choose(values > best, checked, progress["best"])
+            progress["best"] = choose(values > best, checked, progress["best"])
         if checkpoints is not None:
             progress["state"], progress["average"] = devices.fetch((state, average), mesh)
             checkpoints.save(check + 1, progress)
@@ -308,11 +300,18 @@ def train(
         checkpoints.close()
     steps_taken = int(np.isfinite(progress["losses"][0]).sum())
     checks_made = math.ceil(steps_taken / settings.check_every)
-    return Trained(
-        progress["best"],
-        progress["losses"][:, :steps_taken],
-        progress["validation"][:, : checks_made if validation is not None else 0],
-    )
+    best, checks = progress["best"], progress["validation"][:, :checks_made]
+    if validation is None:
+        if not pays:
+            best = best | {"network$params": first["network$params"]}
+        steps = np.full(settings.num_chains, steps_taken * pays)
+        return Trained(best, progress["losses"][:, :steps_taken], checks[:, :0], steps)
+    steps = np.minimum((checks.argmax(1) + 1) * settings.check_every, steps_taken)
+    if gaussian is not None:
+        start = best | {"network$params": first["network$params"]}
+        better = devices.from_first_process(lambda: _pays(d, best, start, validation, validation_key))
+        best, steps = choose(better, best, start), np.where(better, steps, 0)
+    return Trained(best, progress["losses"][:, :steps_taken], checks, steps)
 
 
 def _described(settings: Settings, svi: SVI, state: Any) -> dict[str, Any]:
@@ -340,18 +339,29 @@ def _buffers(
             yield whole, len(x)
 
 
-def _validate(d: Diffusion, params: Params, validation: Data, rng_key: Key, step: int) -> Float[np.ndarray, " C"]:
-    """The ELBO of each fit, nats per datum."""
+def validate(
+    d: Diffusion, params: Params, validation: Data | Sequence[Data], rng_key: Key, step: int
+) -> Float[np.ndarray, "C M"]:
+    """The ELBO of each datum under each fit, nats; of several arrays each fit has data of its own."""
     C = len(jax.tree.leaves(params)[0])
-    fits = [one_fit(params, c) for c in range(C)]
-    bounds = [elbo(d, of_fit, validation, rng_key=rng_key, num_draws=2) for of_fit in fits]
-    mean = np.array([bound.mean for bound in bounds])
-    if not np.all(np.isfinite(mean)):
-        raise FloatingPointError(f"the validation ELBO is {mean} at step {step}; look for outliers in validation")
-    return mean
+    data = [validation] * C if isinstance(validation, np.ndarray | jax.Array) else validation
+    bounds = [elbo(d, one_fit(params, c), data[c], rng_key=rng_key, num_draws=2) for c in range(C)]
+    values = np.stack([bound.values for bound in bounds])
+    if not np.all(np.isfinite(values)):
+        raise FloatingPointError(
+            f"the validation ELBO is {values.mean(1)} at step {step}; look for outliers in validation"
+        )
+    return values
 
 
-def _choose(better: np.ndarray, new: Params, old: Params) -> Params:
+def _pays(d: Diffusion, params: Params, start: Params, validation: Data, rng_key: Key) -> np.ndarray:
+    """Whether each fit is better than its start on the validation data by more than one standard error, (C,)."""
+    difference = validate(d, params, validation, rng_key, 0) - validate(d, start, validation, rng_key, 0)
+    rows = difference.shape[1]
+    return difference.mean(1) > (difference.std(1, ddof=1) / math.sqrt(rows) if rows > 1 else 0.0)
+
+
+def choose(better: np.ndarray, new: Params, old: Params) -> Params:
     """The new params of the fits that are better, the old ones of the rest."""
     return jax.tree.map(lambda a, b: jnp.where(better.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), new, old)
 

@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from probdiff.checks import check_count, check_data
 from probdiff.datasets.tables import frame_numbers
+from probdiff.units import Units
 
 _BUFFER_BYTES = 2**28
 _READ_BYTES = 2**24
@@ -27,14 +27,14 @@ class Stream:
     shape: tuple[int, ...]
     starts: np.ndarray
     columns: tuple[str, ...] | None = None
-    loc: Any = 0.0
-    scale: Any = 1.0
+    units: Units | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return ((self._read(i, i + 1) - self.loc) / self.scale).astype(jnp.result_type(float))
+        rows = self._read(i, i + 1)
+        return (rows if self.units is None else self.units.to_chain(rows)).astype(jnp.result_type(float))
 
     def _read(self, first: int, last: int) -> np.ndarray:
         """The rows of the blocks from `first` to before `last`, as they are in the file."""
@@ -49,24 +49,28 @@ class Stream:
     def _block_rows(self) -> int:
         return int(np.diff(self.starts).max())
 
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of each feature, in one pass. Raises `ValueError` for entries not finite."""
+    def moments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Mean, standard deviation, least and largest value of each feature, in one pass.
+
+        Raises `ValueError` for entries that are not finite.
+        """
         from sklearn.preprocessing import StandardScaler
 
-        scaler = StandardScaler()
+        scaler, low, high = StandardScaler(), np.full(self.shape[1:], np.inf), np.full(self.shape[1:], -np.inf)
         step = max(1, _READ_BYTES // (_bytes(self.shape) * self._block_rows))
         for i in range(0, len(self), step):
             rows = self._read(i, min(i + step, len(self)))
             rows = check_data(rows, self.shape[1:], f"{self.path} from row {self.starts[i]}")
             scaler.partial_fit(rows.reshape(len(rows), -1))
+            low, high = np.minimum(low, rows.min(0)), np.maximum(high, rows.max(0))
         constant = np.flatnonzero(scaler.var_ == 0)
         if constant.size:
             raise ValueError(f"{self.path}: feature {constant[0]} is the same in every row; leave it out")
-        return scaler.mean_.reshape(self.shape[1:]), np.sqrt(scaler.var_).reshape(self.shape[1:])
+        return scaler.mean_.reshape(self.shape[1:]), np.sqrt(scaler.var_).reshape(self.shape[1:]), low, high
 
-    def standardised(self, loc: np.ndarray, scale: np.ndarray) -> "Stream":
-        """The stream of (x − loc)/scale."""
-        return replace(self, loc=loc, scale=scale)
+    def standardised(self, units: Units) -> "Stream":
+        """The stream of the rows in the chain's own units."""
+        return replace(self, units=units)
 
     def buffer_rows(self, num_rows: int) -> int:
         """The rows of the whole blocks among `num_rows`: one block at least, and else at most the file and 256 MiB."""

@@ -72,7 +72,7 @@ def sample(
     if len(names) != size or len(set(names)) < size or isinstance(features, str):
         raise ValueError(f"features is {features!r}; the data have {size} features, whose names must differ")
     result, evidence, observed = _run(fit, likelihood, data, rng_key, num_particles, num_filters, datum)
-    exact_draws = np.asarray(fit.loc.ravel() + fit.scale.ravel() * result.x_0)  # N, M, S, D
+    exact_draws = fit.units.flat.to_data(np.asarray(result.x_0))  # N, M, S, D
     draws = fit.rounded(exact_draws, flat=True)
     if observed is not None:
         draws = np.where(np.isnan(observed)[:, None, None], draws, observed[:, None, None])

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from probdiff.checks import frame_values, is_frame, some
+from probdiff.identity import value_of
 from probdiff.posterior.guidance import (
     GuidedBlackBox,
     GuidedLikelihood,
@@ -23,7 +24,7 @@ from probdiff.posterior.guidance import (
 )
 from probdiff.results import Fit
 from probdiff.types import Key
-from probdiff.units import to_chain, warn_of_precision
+from probdiff.units import Units, to_chain, warn_of_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,20 +72,23 @@ def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[
     The latter, (N, D) with NaN where an entry is missing, is None but for `Missing`. Raises `ValueError` or `TypeError`
     where the likelihood, its arrays or `data` do not fit the fit.
     """
-    loc, scale = fit.loc.ravel(), fit.scale.ravel()
+    units = fit.units.flat
     data = {name: data[name].to_numpy() for name in data.columns} if is_frame(data) else data
     if isinstance(likelihood, LinearGaussian | Missing) and data is not None:
         raise ValueError(f"data are for a likelihood that is a function; {type(likelihood).__name__} has its own")
     if isinstance(likelihood, Missing):
         x = _known(fit, likelihood.x)
         known = ~np.isnan(x)
-        z = to_chain(fit.diffusion, x.reshape(-1, *fit.loc.shape), fit.loc, fit.scale).reshape(x.shape)
-        y = np.where(known, z, 0.0)
-        constant = np.sum(np.where(known, -np.log(scale), 0.5 * np.log(2 * np.pi)), 1)
-        floats = (jnp.asarray(a, jnp.result_type(float)) for a in (y, constant))
-        return GuidedMissing(next(floats), jnp.asarray(known), next(floats)), x
+        # features are known, whatever axes the chain has
+        z = to_chain(fit.diffusion, x.reshape(-1, *fit.loc.shape), fit.units._replace(rotation=None)).reshape(x.shape)
+        constant = np.sum(np.where(known, -np.log(units.scale), 0.5 * np.log(2 * np.pi)), 1)
+        floats = [jnp.asarray(a, jnp.result_type(float)) for a in (np.where(known, z, 0.0), constant)]
+        R: Any = units.rotation
+        if R is not None:  # a view, since there is one for each datum
+            R = np.broadcast_to(R.astype(floats[0].dtype), (len(x), *R.shape))
+        return GuidedMissing(floats[0], jnp.asarray(known), floats[1], R), x
     if isinstance(likelihood, LinearGaussian):
-        arrays = _linear(likelihood, loc, scale, fit.features)
+        arrays = _linear(likelihood, units, fit.features)
         return GuidedLinearGaussian(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays)), None
     function = likelihood.log_likelihood if isinstance(likelihood, BlackBox) else likelihood
     if not callable(function) or isinstance(function, dist.Distribution):
@@ -92,8 +96,7 @@ def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[
             f"likelihood is {likelihood!r}; it must be LinearGaussian, Missing, BlackBox or a function of x_0"
         )
     warn_of_precision(fit.loc, fit.scale, fit.features)
-    units = jnp.asarray(fit.loc), jnp.asarray(fit.scale)
-    log_g = _InChainUnits(function, data is not None, *units)
+    log_g = _InChainUnits(function, data is not None, fit.units)
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
     if wrong := [dtype for leaf in jax.tree.leaves(data) if (dtype := np.asarray(leaf).dtype).kind not in "biufcV"]:
         raise TypeError(f"data has a leaf of dtype {wrong[0]}; numbers are wanted")
@@ -106,19 +109,18 @@ def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[
 
 @dataclass(frozen=True, eq=False)
 class _InChainUnits:
-    """A user's log g as a function of z, where x_0 = loc + scale·z, and of a datum.
+    """A user's log g as a function of z, which is x_0 in the chain's own units, and of a datum.
 
     Programs are compiled once for all that are equal: those of the same function in the same units.
     """
 
     function: Callable[..., Any]
     takes_data: bool
-    loc: Float[Any, " *event"]
-    scale: Float[Any, " *event"]
+    units: Units
 
     def stated(self, z: Float[Any, " D"], datum: Any) -> Any:
         """What the function gives, as it is."""
-        x_0 = self.loc + self.scale * z.reshape(self.loc.shape)
+        x_0 = jax.tree.map(jnp.asarray, self.units).to_data(z.reshape(self.units.loc.shape))
         return self.function(x_0, datum["y"]) if self.takes_data else self.function(x_0)
 
     def __call__(self, z: Float[Any, " D"], datum: Any) -> Float[Any, ""]:
@@ -140,15 +142,14 @@ class _InChainUnits:
             isinstance(other, _InChainUnits)
             and all(mine is others for mine, others in zip(self._parts, other._parts, strict=True))
             and self.takes_data == other.takes_data
-            and np.array_equal(self.loc, other.loc)
-            and np.array_equal(self.scale, other.scale)
+            and value_of(self.units) == value_of(other.units)
         )
 
 
 def _check_function(log_g: _InChainUnits, data: Any, fit: Fit, rng_key: Key, smooth: bool) -> None:
     """Raises unless log g takes x_0 and a datum, and is a number and not NaN or +∞ at eight draws from p for each."""
     draws = fit.sample(rng_key, 8)
-    z = jnp.asarray((draws - fit.loc) / fit.scale, jnp.result_type(float)).reshape(8, -1)
+    z = jnp.asarray(fit.units.to_chain(draws), jnp.result_type(float)).reshape(8, -1)
     first = jax.tree.map(lambda leaf: leaf[0], data)
     arguments = draws[0].astype(z.dtype), jax.tree.map(np.asarray, first["y"])
     _check_call(log_g.function, arguments if log_g.takes_data else arguments[:1])
@@ -236,14 +237,15 @@ def _known(fit: Fit, x: ArrayLike) -> np.ndarray:
 
 
 def _linear(
-    likelihood: LinearGaussian, loc: np.ndarray, scale: np.ndarray, features: tuple[str, ...] | None
+    likelihood: LinearGaussian, units: Units, features: tuple[str, ...] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """y (N, M), A (N, M, D), a factor (N, M, M) of the covariance of the noise, and a constant (N,) of log p(y).
 
-    They are checked, and A is of z, where x_0 = loc + scale·z. Each measurement is in units of the standard deviation
-    that it would have if z were standard normal; the constant is minus the sum of the logarithms of these units.
+    They are checked, and A is of z, which is x_0 in the chain's own units. Each measurement is in units of the
+    standard deviation that it would have if z were standard normal; the constant is minus the sum of the logarithms of
+    these units.
     """
-    size = len(loc)
+    size = units.loc.size
     given = {"y": likelihood.y, "A": frame_values(likelihood.A, "A", features), "noise": likelihood.noise}
     arrays = {name: np.asarray(array) for name, array in given.items()}
     for name, array in arrays.items():
@@ -259,7 +261,8 @@ def _linear(
     if A.shape not in ((M, size), (N, M, size)):
         raise ValueError(f"A has shape {A.shape}; for y of shape {y.shape} it must be {(M, size)} or {(N, M, size)}")
     factor = _factor(noise, M)
-    y, A = y - A @ loc, np.reshape(A * scale, (-1, M, size))  # one for all data, or one for each
+    y, A = y - A @ units.loc, np.reshape(A * units.scale, (-1, M, size))  # one for all data, or one for each
+    A = A if units.rotation is None else A @ units.rotation
     both = np.concatenate([A, np.broadcast_to(factor, (len(A), M, M))], axis=2)
     own = np.abs(both).max(2)  # whose square may be no number
     own *= np.linalg.norm(both / np.where(own > 0, own, 1.0)[..., None], axis=2)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tests.benchmarks import guidance, imputation, real_data, schedules
+from tests.benchmarks import guidance, imputation, real_data, schedules, tables
 
 FOLDER = Path(__file__).parent
 TEMPLATE, README = FOLDER / "readme.in.md", FOLDER / "README.md"
@@ -103,6 +103,8 @@ def table(name):
     if name in ("real_data", "imputation"):
         frame = {"real_data": real_data, "imputation": imputation}[name].table(read(name))
         return markdown(frame.to_dict("records"))
+    if name == "tables":
+        return f"{markdown(tables.table(read(name)).to_dict('records'))}\n\n{tables.summary(read(name))}."
     if name == "guidance":
         return guidance.table()
     if name == "posteriors":

@@ -7,8 +7,10 @@ from helpers.stopped import stopped_after
 
 import probdiff
 from probdiff import streams
+from probdiff.units import Units
 
 X = np.random.default_rng(0).normal([3.0, -1.0], [2.0, 0.1], size=(1000, 2))
+UNITS = Units(X.mean(0), X.std(0))
 
 
 @pytest.fixture(params=["npy", "parquet"])
@@ -21,9 +23,10 @@ def path(request, tmp_path):
 
 
 def test_moments_are_those_of_the_whole(path):
-    loc, scale = streams.stream(path, block_rows=90).moments()
+    loc, scale, low, high = streams.stream(path, block_rows=90).moments()
     np.testing.assert_allclose(loc, X.mean(0), rtol=1e-12)
     np.testing.assert_allclose(scale, X.std(0), rtol=1e-12)
+    np.testing.assert_array_equal([low, high], [X.min(0), X.max(0)])
 
 
 def test_columns_come_in_the_order_in_which_they_are_named(tmp_path):
@@ -34,14 +37,14 @@ def test_columns_come_in_the_order_in_which_they_are_named(tmp_path):
 
 def test_each_pass_has_every_row_once_in_another_order(path):
     stream = streams.stream(path, block_rows=90)
-    buffers = stream.standardised(X.mean(0), X.std(0)).buffers(num_rows=80)
+    buffers = stream.standardised(UNITS).buffers(num_rows=80)
     held = [next(buffers) for _ in range(24)]
     passes = [np.concatenate(held[:12]), np.concatenate(held[12:])]
     wanted = ((X - X.mean(0)) / X.std(0)).astype(np.float32)
     for one in passes:
         np.testing.assert_array_equal(np.sort(one, axis=0), np.sort(wanted, axis=0))
     assert not np.array_equal(*passes)
-    later = stream.standardised(X.mean(0), X.std(0)).buffers(num_rows=80, first=3)
+    later = stream.standardised(UNITS).buffers(num_rows=80, first=3)
     np.testing.assert_array_equal(next(later), held[3])
     assert max(len(rows) for rows in held) <= stream.buffer_rows(80)
 
