@@ -1,12 +1,14 @@
 """Units of the chain: mean and standard deviation, and robust ones where values lie far out."""
 
+import warnings
+
 import jax
 import numpy as np
 import pytest
 
 import probdiff
 from probdiff import GaussianDiffusion, networks, schedules
-from probdiff.units import chain_units, warn_of_precision
+from probdiff.units import Units, chain_units, principal_axes, warn_of_levels, warn_of_precision
 
 
 def gaussian(D, schedule=schedules.LearnedBetas(40)):  # noqa: B008
@@ -112,3 +114,34 @@ def test_a_few_rows_far_out_leave_the_draws_of_the_others_near_the_data():
     draws = fit.sample(jax.random.key(1), 5000)
     # ±1.6 in the data, ±4800 in units of the standard deviation
     assert np.all(np.abs(np.quantile(draws, [0.05, 0.95])) < 5)
+
+
+def test_levels_are_spoken_of_and_measurements_are_not():
+    rng = np.random.default_rng(0)
+    x = np.stack(
+        [rng.choice([17.5, 22.0, 27.0], 500), rng.normal(size=500), np.repeat(rng.normal(size=250), 2)], axis=1
+    )
+    with pytest.warns(
+        UserWarning, match=r"feature\(s\) age look like levels .* 'age' has 3 distinct values in 500 rows"
+    ):
+        warn_of_levels(x, ["age", "height", "twins"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_levels(x[:, 1:])
+
+
+def test_axes_are_those_of_the_shrunk_covariance():
+    """On them z is uncorrelated, but for the shrinkage, which turns no axis; arrays and many features have none."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(400, 3)) @ [[1.0, 0.8, 0.1], [0.0, 0.5, 0.2], [0.0, 0.0, 0.7]]
+    rotation, variance = principal_axes(z)
+    np.testing.assert_allclose(rotation.T @ rotation, np.eye(3), atol=1e-12)
+    units = Units(np.arange(3.0), np.array([1.0, 2.0, 10.0]), rotation)
+    on_axes = units.to_chain(units.loc + units.scale * z)
+    covariance = np.cov(on_axes.T)
+    np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-10)
+    np.testing.assert_allclose(variance.sum(), z.var(0).sum(), rtol=1e-10)
+    np.testing.assert_allclose(units.to_data(on_axes), units.loc + units.scale * z, atol=1e-12)
+    assert principal_axes(z[:, :1])[0] is None
+    assert principal_axes(np.zeros((4, 2, 2)))[0] is None
+    assert principal_axes(rng.normal(size=(10, 129)))[0] is None

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.diffusions import fit_of, light_diffusion
 
 from probdiff import cli, load
 from probdiff.cli import checking
+from probdiff.cli.evaluation import how_it_ended
 
 QUICK = ["--num-timesteps=4", "--num-steps=40", "--width=8", "--depth=1", "--patience=0"]
 OWN = ["fit", "own.csv", *QUICK, "--dequantise"]
@@ -113,6 +116,25 @@ def test_fit_on_a_table_leaves_the_run_folder(own):
     assert dt["posterior"]["feature"].to_numpy().tolist() == ["height", "weight", "ratio", "count"]
     assert json.loads((own / "run.json").read_text())["num_timesteps"] == 4
     assert not list(own.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("taken", "steps", "checks", "said"),
+    [
+        (400, 400, 0, ""),
+        (300, 300, 5, "Fitted for 300 of 400 steps, after which rows held out in turn were most likely"),
+        (300, 100, 3, "Stopped at 300 of 400 steps: no progress in 2 checks; best at 100"),
+        (300, 0, 3, "no better than a Gaussian"),
+    ],
+)
+def test_how_a_fit_ended_is_said(taken, steps, checks, said):
+    fit = fit_of(light_diffusion(), {})
+    ended = replace(
+        fit, stacked_losses=np.zeros((1, taken)), stacked_validation=np.zeros((1, checks)), steps=np.array([steps])
+    )
+    line = how_it_ended(ended, 400)
+    assert said in line
+    assert line.count("\n") == (said != "")
 
 
 @pytest.mark.slow
