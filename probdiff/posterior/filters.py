@@ -98,7 +98,9 @@ def _filter(
     rng_key: Key,
     num_particles: int,
 ) -> Filtered:
-    T, S = d.num_timesteps, num_particles
+    T, S, size = d.num_timesteps, num_particles, math.prod(d.event_shape)
+    # features that are known are no axes of the chain, so that given them its axes hang together
+    turned = factors is not None and getattr(likelihood, "rotation", None) is not None
     noise, predict = handlers.substitute(d.predictions, data=params)()
 
     def state(x_t: Float[Array, "S D"], t: Any) -> _State:
@@ -110,6 +112,11 @@ def _filter(
             variance = p.variance.reshape(S, -1)
             guided = variance - x_0_weight**2 * jnp.diagonal(guidance.covariance_reduction, axis1=-2, axis2=-1)
             scale, proposal = jnp.sqrt(variance), jnp.sqrt(jnp.maximum(guided, std**2))
+            if turned:
+                left = factors[t - 1] @ factors[t - 1].T - guidance.covariance_reduction  # type: ignore[index]
+                whole = jnp.linalg.cholesky(std**2 * jnp.eye(size) + x_0_weight**2 * left)
+                # rounding may leave it singular
+                proposal = jnp.where(jnp.isfinite(whole).all(), whole, as_matrix(proposal))
         else:
             guidance = likelihood.guidance(mean, _factor(V, (std / x_0_weight) ** 2))
             scale = p.scale_tril
@@ -142,11 +149,11 @@ def _filter(
         return (now, _never_nan(log_w + now.log_psi), *rest), ess
 
     key_steps, key_last, key_resample, key_order = jax.random.split(rng_key, 4)
-    keys, size = jax.random.split(key_steps, T), math.prod(d.event_shape)
+    keys = jax.random.split(key_steps, T)
     # above x_T: its "kernel" is p(x_T)
     zeros, ones = jnp.zeros((S, size)), jnp.ones((S, size))
     scale = ones if factors is not None else as_matrix(ones)
-    above = _State(zeros, scale, zeros, scale, jnp.zeros(S))
+    above = _State(zeros, scale, zeros, as_matrix(ones) if turned else scale, jnp.zeros(S))
     carry = (above, jnp.zeros(S), jnp.zeros(()), (jnp.ones(()), jnp.zeros(S)))
     carry, ess = jax.lax.scan(down, carry, (jnp.arange(T, 1, -1), keys[1:]))
     (x_1, log_w, log_evidence, worst), ess_above = move(carry, keys[0])
