@@ -29,7 +29,7 @@ _PARTS = {"log-likelihood": 45, "exact density": 5, "draws": 30, "marginals": 10
 def how_it_ended(fitted: Fit, num_steps: int) -> str:
     """A line that says why a fit has taken fewer steps than it might, or none."""
     taken, kept = fitted.stacked_losses.shape[1], fitted.steps_kept
-    if 0 in kept:
+    if not any(kept):
         return (
             "On rows held out the network was no better than a Gaussian, by one standard error: it stays the Gaussian\n"
         )

@@ -19,7 +19,7 @@ from probdiff.fitting.streams import Stream
 from probdiff.locks import one_at_a_time
 from probdiff.types import Data, Key
 
-_CONFIGURATION = "configuration.json"
+CONFIGURATION = "configuration.json"
 _EARLIER = {"optimizer": None}  # what runs had before it could be chosen
 
 
@@ -101,13 +101,13 @@ def configuration(
 
 def refuse_to_overwrite(directory: str | Path | None, resume: bool) -> None:
     """Raises `FileExistsError` where a folder holds a run that is not to be gone on with."""
-    if directory is not None and not resume and (Path(directory) / _CONFIGURATION).exists():
+    if directory is not None and not resume and (Path(directory) / CONFIGURATION).exists():
         raise FileExistsError(f"{Path(directory).absolute()} already holds a run: resume it, or choose another folder")
 
 
 def starts_at_noise(directory: Path) -> bool:
     """Whether a folder holds a run of an earlier version, whose network starts at the reversal of N(0, I)."""
-    described = directory / _CONFIGURATION
+    described = directory / CONFIGURATION
     return described.exists() and "start" not in json.loads(described.read_text())
 
 
@@ -135,7 +135,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # slow to import, and not every fit wants it
 
         directory = directory.absolute()
-        described = directory / _CONFIGURATION
+        described = directory / CONFIGURATION
         held, goes_on = None, False
         refuse_to_overwrite(directory, resume)
         if described.exists():

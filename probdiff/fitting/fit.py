@@ -18,7 +18,7 @@ from probdiff.checks import check_key, described, feature_names
 from probdiff.datasets.named import split
 from probdiff.fitting import devices
 from probdiff.fitting.checkpoints import refuse_to_overwrite, starts_at_noise
-from probdiff.fitting.folds import FOLDS, cross_validate, stretched
+from probdiff.fitting.folds import FOLDS, Chosen, chosen_before, cross_validate, keep, stretched
 from probdiff.fitting.loop import train
 from probdiff.fitting.settings import Objective, Settings, Times
 from probdiff.fitting.streams import Stream
@@ -166,16 +166,15 @@ def fit(
     if folded:
         refuse_to_overwrite(checkpoint_dir, resume)
         tried = _SMOOTHINGS if smoothing is None else (smoothing,)
-        compute = partial(
-            cross_validate,
-            d,
-            (x - units.loc) / units.scale,
-            settings,
-            tried,
-            rng_key=rng_key,
-            progress_bar=progress_bar,
-        )
-        chosen = devices.from_first_process(compute)
+        z_0 = (x - units.loc) / units.scale
+
+        def choose() -> Chosen:
+            if resume and (before := chosen_before(checkpoint_dir)) is not None:
+                return before
+            now = cross_validate(d, z_0, settings, tried, rng_key=rng_key, progress_bar=progress_bar)
+            return keep(now, checkpoint_dir)
+
+        chosen = devices.from_first_process(choose)
     run = partial(
         train,
         d,

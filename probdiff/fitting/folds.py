@@ -1,8 +1,10 @@
 """How few rows are to be fitted, by cross-validation: rows that are held out in turn, and then fitted too."""
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from probdiff.chains import Diffusion
+from probdiff.files import atomic_write, make_folder
+from probdiff.fitting.checkpoints import CONFIGURATION
 from probdiff.fitting.loop import run_steps, start_state, validate
 from probdiff.fitting.settings import Settings
 from probdiff.progress import progress
@@ -18,6 +22,7 @@ from probdiff.types import Data, Key, Params
 from probdiff.units import Units, principal_axes
 
 FOLDS = 5
+_FILE = "cross_validation.json"
 _PROGRESS = 0.01  # nats per datum, below which a check counts as no better
 _DRAWS = 4096  # of each fold
 
@@ -112,6 +117,23 @@ def cross_validate(
     loss = best.K - _K_of_matched(d, best.params, folds, key_draws, key_elbo)
     pays, worse = (bool(one.mean() > one.std(ddof=1) / math.sqrt(one.size)) for one in (gain, loss))
     return Chosen(best.steps, smoothing, pays, not worse, np.array(curve))
+
+
+def chosen_before(folder: str | Path | None) -> Chosen | None:
+    """What `keep` wrote in the folder of a run that has begun to fit all rows, and so tells its data from others."""
+    if folder is None or not all((Path(folder) / name).exists() for name in (_FILE, CONFIGURATION)):
+        return None
+    held = json.loads((Path(folder) / _FILE).read_text())
+    return Chosen(**held | {"curve": np.array(held["curve"])})
+
+
+def keep(chosen: Chosen, folder: str | Path | None) -> Chosen:
+    """Writes it to the folder of a run, if there is one."""
+    if folder is not None:
+        make_folder(Path(folder))
+        with atomic_write(Path(folder) / _FILE) as file:
+            file.write_text(json.dumps(asdict(chosen) | {"curve": chosen.curve.tolist()}))
+    return chosen
 
 
 def stretched(rows: np.ndarray, draws: np.ndarray) -> Units:

@@ -289,7 +289,7 @@ def train(
             values = devices.from_first_process(partial(validate, d, checked, validation, validation_key, stop)).mean(1)
             best = np.fmax.reduce(progress["validation"], axis=1, initial=-np.inf)
             progress["validation"][:, check] = values
-            progress["best"] = choose(values > best, checked, progress["best"])
+            progress["best"] = _choose(values > best, checked, progress["best"])
         if checkpoints is not None:
             progress["state"], progress["average"] = devices.fetch((state, average), mesh)
             checkpoints.save(check + 1, progress)
@@ -310,7 +310,7 @@ def train(
     if gaussian is not None:
         start = best | {"network$params": first["network$params"]}
         better = devices.from_first_process(lambda: _pays(d, best, start, validation, validation_key))
-        best, steps = choose(better, best, start), np.where(better, steps, 0)
+        best, steps = _choose(better, best, start), np.where(better, steps, 0)
     return Trained(best, progress["losses"][:, :steps_taken], checks, steps)
 
 
@@ -361,7 +361,7 @@ def _pays(d: Diffusion, params: Params, start: Params, validation: Data, rng_key
     return difference.mean(1) > (difference.std(1, ddof=1) / math.sqrt(rows) if rows > 1 else 0.0)
 
 
-def choose(better: np.ndarray, new: Params, old: Params) -> Params:
+def _choose(better: np.ndarray, new: Params, old: Params) -> Params:
     """The new params of the fits that are better, the old ones of the rest."""
     return jax.tree.map(lambda a, b: jnp.where(better.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), new, old)
 
