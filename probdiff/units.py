@@ -16,6 +16,7 @@ _EXTREME = 75.0  # of the bulk's standard deviations: it is warned of if a value
 ROBUST = 4.0  # times the bulk's standard deviation: beyond, the unit of a feature that is warned of is robust
 _MOST_ROTATED = 128  # features
 _LEAST_VARIANCE = 1e-6  # of features with unit variance
+_FARTHEST = 8.0  # of the chain's units, in a covariance
 _COUNTED, _REPEATED = 5_000, 5  # rows whose distinct values are counted, and how often each is there in levels
 _FINEST = 1e-3  # of the chain's unit, between neighbouring numbers of the data
 _MARGIN = 0.4  # z of more than the largest number of a precision to this power is refused: z²/β_t must be finite
@@ -114,9 +115,11 @@ def warn_of_outliers(x: np.ndarray, features: Sequence[str] | None = None) -> tu
 def principal_axes(z: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
     """The axes R (D, D) on which z (N, *event_shape) is uncorrelated, and its variances there.
 
-    Both are of the covariance that Ledoit and Wolf shrink. Of one feature, of more than 128 and of arrays that are no
-    vectors there is no R, and the variances are those of the features.
+    Both are of the covariance that Ledoit and Wolf shrink, of z that are cut at 8, lest a few values far out make a
+    Gaussian that is none of the others'. Of one feature, of more than 128 and of arrays that are no vectors there is no
+    R, and the variances are those of the features.
     """
+    z = np.clip(z, -_FARTHEST, _FARTHEST)
     if z.ndim != 2 or not 1 < z.shape[1] <= _MOST_ROTATED:
         return None, np.maximum(z.var(0), _LEAST_VARIANCE)
     from sklearn.covariance import LedoitWolf

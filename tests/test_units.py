@@ -142,6 +142,8 @@ def test_axes_are_those_of_the_shrunk_covariance():
     np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-10)
     np.testing.assert_allclose(variance.sum(), z.var(0).sum(), rtol=1e-10)
     np.testing.assert_allclose(units.to_data(on_axes), units.loc + units.scale * z, atol=1e-12)
+    far = np.concatenate([z, np.full((1, 3), [1e6, 0.0, 0.0])])
+    assert principal_axes(far)[1].sum() < 1.2 * variance.sum()
     assert principal_axes(z[:, :1])[0] is None
     assert principal_axes(np.zeros((4, 2, 2)))[0] is None
     assert principal_axes(rng.normal(size=(10, 129)))[0] is None

@@ -5,11 +5,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.once import once
 from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
 
 import probdiff
-from helpers.once import once
 from probdiff import networks, schedules
 
 KEY = jax.random.key(0)

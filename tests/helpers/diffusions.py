@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-
 from helpers.once import once
+
 from probdiff import Fit, GaussianDiffusion, networks, schedules
 
 UNEVEN_BETA = np.array([0.03, 0.11, 0.07, 0.3, 0.24])  # not symmetric in t

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import scipy.stats
-
 from helpers.diffusions import fit_of, linear_diffusion, path_gaussian, random_linear
+
 from probdiff import GaussianDiffusion, datasets, schedules
 from probdiff.reference.oracle import BestNetwork
 

@@ -4,10 +4,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.once import once
 from numpyro import handlers
 from scipy import stats
 
-from helpers.once import once
 from probdiff import GaussianDiffusion, schedules
 from probdiff.results import Fit
 
