@@ -2,12 +2,13 @@
 
 import warnings
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import multivariate_normal
-from sklearn.covariance import LedoitWolf
-from sklearn.mixture import GaussianMixture
-from sklearn.model_selection import KFold, cross_val_score
+
+if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture
 
 _COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16)
 _MOST_ROWS = 2_000  # that the components are chosen by
@@ -21,6 +22,8 @@ def baselines(train: np.ndarray, test: np.ndarray, seed: int = 0) -> dict[str, n
     The Gaussian has the covariance of Ledoit and Wolf (2004), shrunk for few rows. The number of components of the
     mixture and the kind of their covariances are chosen by cross-validation.
     """
+    from sklearn.covariance import LedoitWolf
+
     loc, scale = train.mean(0), np.where(np.ptp(train, axis=0) > 0, train.std(0), 1.0)
     z, z_test, log_det = (train - loc) / scale, (test - loc) / scale, np.log(scale).sum()
     shrunk = LedoitWolf().fit(z)
@@ -33,11 +36,14 @@ def baselines(train: np.ndarray, test: np.ndarray, seed: int = 0) -> dict[str, n
     }
 
 
-def _chosen_mixture(z: np.ndarray, seed: int) -> GaussianMixture:
+def _chosen_mixture(z: np.ndarray, seed: int) -> "GaussianMixture":
+    from sklearn.mixture import GaussianMixture
+    from sklearn.model_selection import KFold, cross_val_score
+
     few = z[np.random.default_rng(seed).permutation(len(z))[:_MOST_ROWS]]
     folds = KFold(min(_FOLDS, len(few)), shuffle=True, random_state=seed)
 
-    def score(mixture: GaussianMixture) -> float:
+    def score(mixture: "GaussianMixture") -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of those that have not converged
             of_folds = cross_val_score(mixture, few, cv=folds)  # NaN where one cannot be fitted

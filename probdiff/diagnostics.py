@@ -1,4 +1,4 @@
-"""A fit for ArviZ, and how well the reverse chain's marginals p(x_t) match the forward chain's q(x_t)."""
+"""A fit for ArviZ, and how well it does: the marginals p(x_t) beside q(x_t), draws beside rows, K beside baselines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,25 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.spatial.distance import cdist
 
+from probdiff.baselines import baselines
 from probdiff.chains import Diffusion
 from probdiff.checks import check_count, labels
+from probdiff.faithfulness import Faithfulness, faithfulness
 from probdiff.likelihood.elbo import elbo_draws
 from probdiff.likelihood.paths import log_importance_weights
 from probdiff.psis import k_threshold, pareto_k
 from probdiff.sampling import forward_draws, noise_levels, one_fit, reverse_draws
 from probdiff.types import Key, Params
 from probdiff.units import Units, to_chain
+
+__all__ = [
+    "Faithfulness",
+    "Marginals",
+    "baselines",
+    "faithfulness",
+    "marginals",
+    "to_datatree",
+]
 
 _LEVEL = 0.01  # of the bands and of the verdict
 

@@ -127,17 +127,28 @@ def _correlations(draws: np.ndarray, rows: np.ndarray, features: Sequence[str]) 
     D = rows.shape[1]
     if D == 1:
         return (features[0], features[0]), 0.0, 0.0
-    of_draws, of_rows = (np.corrcoef(stats.rankdata(x, axis=0), rowvar=False) for x in (draws, rows))
-    i, j = np.triu_indices(D, 1)
-    r = np.clip(of_rows[i, j], -0.999, 0.999)
-    # Fisher's transformation, with the variance that ranks have (Bonett and Wright 2000)
-    variance = (1 + r**2 / 2) * (1 / max(len(rows) - 3, 1) + 1 / max(len(draws) - 3, 1))
-    error = np.abs(np.arctanh(np.clip(of_draws[i, j], -0.999, 0.999)) - np.arctanh(r))
-    worst = int(np.argmax(error / np.sqrt(variance)))
-    z = stats.norm.isf(_EACH / len(i) / 2)
-    difference = abs(of_draws[i[worst], j[worst]] - of_rows[i[worst], j[worst]])
-    band = difference * z * np.sqrt(variance[worst]) / max(error[worst], 1e-12)
-    return (features[i[worst]], features[j[worst]]), float(difference), float(band)
+    of_draws, of_rows = rank_correlations(draws), rank_correlations(rows)
+    apart = np.abs(correlations_apart(of_draws, of_rows, len(draws), len(rows)))
+    i, j = divmod(int(np.argmax(apart)), D)
+    difference = abs(of_draws[i, j] - of_rows[i, j])
+    band = difference * stats.norm.isf(_EACH / (D * (D - 1))) / max(apart[i, j], 1e-12)
+    return (features[i], features[j]), float(difference), float(band)
+
+
+def rank_correlations(x: np.ndarray) -> np.ndarray:
+    """Those of the columns of x (N, D), 0 of a column that is constant: (D, D)."""
+    with np.errstate(invalid="ignore"):
+        return np.nan_to_num(np.atleast_2d(np.corrcoef(stats.rankdata(x, axis=0), rowvar=False)))
+
+
+def correlations_apart(of_draws: np.ndarray, of_rows: np.ndarray, num_draws: int, num_rows: int) -> np.ndarray:
+    """By how many standard errors rank correlations (D, D) of draws are above those of rows, 0 on the diagonal.
+
+    On Fisher's scale, with the variance that ranks have (Bonett and Wright 2000).
+    """
+    s, r = (np.clip(of_x, -0.999, 0.999) for of_x in (of_draws, of_rows))
+    variance = (1 + r**2 / 2) * (1 / max(num_rows - 3, 1) + 1 / max(num_draws - 3, 1))
+    return (np.arctanh(s) - np.arctanh(r)) / np.sqrt(variance)
 
 
 def _energy_p(draws: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> float:

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from probdiff import plots
 from probdiff.diagnostics import Marginals
+from probdiff.plots.of_tables import of_columns
 
 T, DRAWS = 6, 40
 
@@ -57,8 +58,10 @@ def test_every_axis_is_labelled_and_every_legend_short(name, num_features, num_f
     assert figure.axes
     for axes in figure.axes:
         grid = axes.get_subplotspec()
-        assert axes.get_xlabel() or figure.get_supxlabel()
-        assert axes.get_ylabel() or not grid.is_first_col()
+        if not axes.axison:
+            continue
+        assert axes.get_xlabel() or figure.get_supxlabel() or not grid.is_last_row()
+        assert axes.get_ylabel() or figure.get_supylabel() or not grid.is_first_col()
         legend = axes.get_legend()
         if legend is not None:
             words = [text.get_text() for text in legend.get_texts()]
@@ -86,3 +89,60 @@ def test_few_fits_are_named_and_of_many_the_first_and_the_last():
         axes = plots.loss(made(2, num_fits)[0]).axes[0]
         assert [text.get_text() for text in axes.get_legend().get_texts()] == names
         assert len({str(line.get_color()) for line in axes.lines}) == num_fits
+
+
+def table(num_features, seed=0, num_rows=300):
+    """Rows of one factor, and draws of the same but for two columns: one is shifted, one is uncorrelated."""
+    rng = np.random.default_rng(seed)
+    rows, draws = (
+        0.7 * rng.normal(size=(n, 1)) + 0.7 * rng.normal(size=(n, num_features)) for n in (num_rows, 2 * num_rows)
+    )
+    draws[:, 2] += 1
+    draws[:, 1] = rng.permutation(draws[:, 1])
+    return draws, rows, [f"feature {i}" for i in range(num_features)]
+
+
+@pytest.mark.parametrize("num_features", [3, 13, 64])
+def test_figures_of_a_table_name_its_columns_those_that_differ_most_first(num_features):
+    figures = of_columns(*table(num_features))
+    assert set(figures) == {"quantiles", "samples", "correlations", "principal_components"}
+    names = [axes.get_xlabel() for axes in figures["samples"].axes if axes.get_xlabel()]
+    assert names[0] == "feature 2"
+    assert "feature 1" in names
+    assert len(names) == min(num_features, 6)
+    panels = [axes.get_title() for axes in figures["quantiles"].axes if axes.get_title()]
+    assert len(panels) == min(num_features, 36)
+    assert len(set(panels)) == len(panels)
+    assert ("differ most" in str(figures["quantiles"].get_suptitle())) == (num_features == 64)
+    labels = [text.get_text() for text in figures["correlations"].axes[0].get_yticklabels()]
+    assert labels[0] == "feature 0"
+    assert len(labels) <= 32
+    assert of_columns(*(x[..., :1] for x in table(3)[:2]), ["one"]).keys() == {"quantiles"}
+
+
+def test_draws_beyond_the_frame_are_counted():
+    draws, rows, names = table(4)
+    draws[:7, 3] = 1e6
+    title = plots.corner(draws, rows, names).get_suptitle()
+    assert title.endswith("7 of 600 draws beyond the frame")
+
+
+def test_sorted_rows_lie_in_the_band_of_quantiles_where_draws_are_right():
+    rng = np.random.default_rng(0)
+    inside = []
+    for _ in range(6):
+        axes = plots.quantiles(rng.normal(size=(5000, 36)), rng.normal(size=(100, 36))).axes
+        for panel in axes:
+            band, points = panel.collections
+            vertices = band.get_paths()[0].vertices
+            edges = [vertices[np.isclose(vertices[:, 0], x), 1] for x in points.get_offsets()[:, 0]]
+            inside += [e.min() <= y <= e.max() for e, y in zip(edges, points.get_offsets()[:, 1], strict=True)]
+    assert 0.98 < np.mean(inside) < 0.998
+
+
+def test_correlations_that_differ_by_noise_alone_are_few_standard_errors_apart():
+    rng = np.random.default_rng(1)
+    rows, draws = (rng.normal(size=(n, 1)) + rng.normal(size=(n, 20)) for n in (150, 5000))
+    apart = plots.correlations(draws, rows).axes[2].images[0].get_array()
+    assert 0.7 < np.std(apart[np.triu_indices(20, 1)]) < 1.3
+    np.testing.assert_array_equal(np.diag(apart), 0)

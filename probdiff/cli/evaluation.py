@@ -15,6 +15,8 @@ from probdiff.diagnostics import Marginals, marginals
 from probdiff.faithfulness import faithfulness
 from probdiff.files import atomic_write
 from probdiff.likelihood.result import LogLikelihood
+from probdiff.plots.of_fits import are_pixels
+from probdiff.plots.of_tables import of_columns
 from probdiff.progress import progress
 from probdiff.results import Fit
 from probdiff.runs import Run
@@ -52,6 +54,7 @@ def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | N
     test, key = data_split.test, jax.random.key(run.options["seed"] + 2)
     key_elbo, key_tree = jax.random.split(key)
     key_draws, c, alike = jax.random.fold_in(key, 2), fitted.best, None
+    draws = None
     shorter = min(1.0, 40 / fitted.diffusion.num_timesteps)
     with _progress() as part:
         with part("log-likelihood"):
@@ -81,6 +84,8 @@ def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | N
                 "elbo_parts": plots.elbo_parts(dt),
                 "loss": plots.loss(dt),
             }
+            if draws is not None and not are_pixels(data_split.features):
+                figures |= of_columns(draws, test, data_split.features)
             for name, figure in figures.items():
                 with atomic_write(run.folder / f"{name}.png") as file:
                     figure.savefig(file, dpi=120)

@@ -1,6 +1,7 @@
-"""Figures of a fit, read from its `DataTree`; each function returns a matplotlib `Figure`."""
+"""Figures of a fit, read from its `DataTree`; each returns a matplotlib `Figure`."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,49 +12,45 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from probdiff.diagnostics import Marginals
+from probdiff.plots.of_tables import FORWARD, MOST_POINTS, REVERSE, corner, most_different, panels_of, spread
 
-_FORWARD, _REVERSE = "tab:blue", "tab:orange"
 _MOST_IN_LEGEND = 8  # lines with a name of their own; more are shaded by a colour map
 _MOST_LINES = 20  # that can be told apart; more are drawn as bands
 
 
-def samples(dt: xr.DataTree, *, most: int = 2000) -> Figure:
+def samples(dt: xr.DataTree, *, most: int = MOST_POINTS) -> Figure:
     """The data beside draws of x_0 from p, in the data's own units.
 
-    Two features are a scatter, one a histogram, pixels (features named pixel_…) images, and more features
-    the two leading principal components of the data.
+    Two features are a scatter, one a histogram, pixels (features named pixel_…) images, and more features a `corner`.
     """
     data = dt["observed_data"].dataset["x_0"].to_numpy()
     drawn = (
         dt["posterior_predictive"].dataset["x_0"].stack(all=("chain", "draw")).transpose("all", "feature").to_numpy()
     )
     names = [str(name) for name in dt["observed_data"].dataset["feature"].to_numpy()]
-    if all(name.startswith("pixel") for name in names) and math.isqrt(len(names)) ** 2 == len(names):
+    if are_pixels(names):
         return _images(data, drawn)
+    if len(names) > 2:
+        return corner(drawn, data, names, most=most)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, values, title, colour in (
-        (left, data[:most], "data", _FORWARD),
-        (right, drawn[:: max(1, len(drawn) // most)], "draws of x⁽⁰⁾ from p", _REVERSE),
+        (left, data[:most], "data", FORWARD),
+        (right, spread(drawn, most), "draws of x⁽⁰⁾ from p", REVERSE),
     ):
         if len(names) == 1:
             axes.hist(values[:, 0], bins=60, density=True, color=colour)
             axes.set(xlabel=names[0], ylabel="density")
         else:
-            plane = values if len(names) == 2 else _principal(values, data)
-            axes.scatter(*plane.T, s=4, alpha=0.5, color=colour, linewidths=0)
-            first, second = names if len(names) == 2 else ("principal component 1 (sd)", "principal component 2 (sd)")
-            axes.set(xlabel=first, ylabel=second)
+            axes.scatter(*values.T, s=4, alpha=0.5, color=colour, linewidths=0)
+            axes.set(xlabel=names[0], ylabel=names[1])
         axes.set_title(f"{title} ({len(values):,})")
     return figure
 
 
-def _principal(x: np.ndarray, data: np.ndarray) -> np.ndarray:
-    """x on the two leading principal components of the standardised data, each in its standard deviations."""
-    mean, std = data.mean(0), data.std(0)
-    std = np.where(std > 0, std, 1)  # a bit may be the same in all data
-    _, singular, axes = np.linalg.svd((data - mean) / std, full_matrices=False)
-    return (x - mean) / std @ axes[:2].T / singular[:2] * math.sqrt(len(data))
+def are_pixels(features: Sequence[str]) -> bool:
+    """Whether the names are those of a square image."""
+    return all(name.startswith("pixel") for name in features) and math.isqrt(len(features)) ** 2 == len(features)
 
 
 def _images(data: np.ndarray, drawn: np.ndarray) -> Figure:
@@ -75,31 +72,50 @@ def _images(data: np.ndarray, drawn: np.ndarray) -> Figure:
 
 
 def marginals_over_time(dt: xr.DataTree, *, num_times: int = 6, most: int = 1000) -> Figure:
-    """Forward draws of x_t above reverse draws at a row of times, in the chain's own units (the first fit)."""
-    posterior, forward = dt["posterior"].dataset["x"], dt["forward"].dataset["x"]
+    """Forward draws of x_t beside reverse draws, in the chain's own units (the first fit).
+
+    One or two features are histograms or scatters at a row of times, more the quantiles of each over all t.
+    """
+    posterior, forward = dt["posterior"].dataset["x"].sel(chain=0), dt["forward"].dataset["x"].sel(chain=0)
+    size = forward.sizes["feature"]
+    if size > 2:
+        return _quantiles_over_time(posterior, forward)
     times = forward["t"].to_numpy()[
         np.linspace(0, forward.sizes["t"] - 1, min(num_times, forward.sizes["t"])).astype(int)
     ]
-    size = forward.sizes["feature"]
-    data = forward.sel(chain=0, t=0).to_numpy()
     figure = Figure(figsize=(2.1 * len(times), 4.6), layout="constrained")
     grid = figure.subplots(2, len(times), sharex=True, sharey=True, squeeze=False)
-    for row, (draws, colour) in enumerate(((forward, _FORWARD), (posterior, _REVERSE))):
+    for row, (draws, colour) in enumerate(((forward, FORWARD), (posterior, REVERSE))):
         for column, t in enumerate(times):
-            axes, values = grid[row, column], draws.sel(chain=0, t=t).to_numpy()[:most]
+            axes, values = grid[row, column], draws.sel(t=t).to_numpy()[:most]
             if size == 1:
                 axes.hist(values[:, 0], bins=40, range=(-4, 4), density=True, color=colour)
             else:
-                axes.scatter(
-                    *(values if size == 2 else _principal(values, data)).T, s=3, alpha=0.5, color=colour, linewidths=0
-                )
+                axes.scatter(*values.T, s=3, alpha=0.5, color=colour, linewidths=0)
                 axes.set(xlim=(-4, 4), ylim=(-4, 4))
             if row == 0:
                 axes.set_title(f"t = {t}")
-    unit = "x⁽ᵗ⁾, chain's units" if size <= 2 else "principal components of x⁽ᵗ⁾ (sd)"
     grid[0, 0].set_ylabel("forward q")
     grid[1, 0].set_ylabel("reverse p")
-    figure.supxlabel(unit)
+    figure.supxlabel("x⁽ᵗ⁾, chain's units")
+    return figure
+
+
+def _quantiles_over_time(posterior: xr.DataArray, forward: xr.DataArray) -> Figure:
+    """The quantiles of 5, 25, 50, 75 and 95 % over t: forward as bands, reverse as lines."""
+    at, t = [0.05, 0.25, 0.5, 0.75, 0.95], forward["t"].to_numpy()
+    p, q = (x.transpose("draw", "t", "feature").to_numpy() for x in (posterior, forward))
+    order = most_different(p[:, 0], q[:, 0])
+    figure, panels = panels_of(len(order), "t", "x⁽ᵗ⁾, chain's units", len(order))
+    for axes, k in zip(panels, order, strict=False):
+        lowest, lower, middle, upper, highest = np.quantile(q[:, :, k], at, axis=0)
+        axes.fill_between(t, lowest, highest, color=FORWARD, alpha=0.25, lw=0, label="forward q, 5 to 95 %")
+        axes.fill_between(t, lower, upper, color=FORWARD, alpha=0.35, lw=0, label="25 to 75 %")
+        axes.plot(t, middle, color=FORWARD, lw=1)
+        lines = axes.plot(t, np.quantile(p[:, :, k], at, axis=0).T, color=REVERSE, lw=1)
+        lines[0].set_label("reverse p, the same quantiles")
+        axes.set_title(str(forward["feature"].to_numpy()[k]), fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small")
     return figure
 
 
@@ -116,19 +132,19 @@ def marginal_distances(report: Marginals) -> Figure:
     )
     if len(ratio) <= _MOST_LINES:
         for line in ratio.to_numpy():
-            left.plot(ratio.columns, line, color=_REVERSE, alpha=0.6, lw=1)
-        left.plot([], [], color=_REVERSE, label="each chain and feature")
+            left.plot(ratio.columns, line, color=REVERSE, alpha=0.6, lw=1)
+        left.plot([], [], color=REVERSE, label="each chain and feature")
     else:
         for low, high, alpha, label in ((0.0, 1.0, 0.2, "all features"), (0.05, 0.95, 0.4, "nine tenths of them")):
             left.fill_between(
-                ratio.columns, ratio.quantile(low), ratio.quantile(high), color=_REVERSE, alpha=alpha, lw=0, label=label
+                ratio.columns, ratio.quantile(low), ratio.quantile(high), color=REVERSE, alpha=alpha, lw=0, label=label
             )
-        left.plot(ratio.columns, ratio.median(), color=_REVERSE, label="their median")
+        left.plot(ratio.columns, ratio.median(), color=REVERSE, label="their median")
     left.axhline(1, color="gray", ls="--", label="99 % band of sampling noise")
     left.set(xlabel="t", ylabel="Wasserstein distance / its band", title="feature by feature", ylim=(0, None))
     for c, one in table.groupby("chain"):
         first = one[one.feature == one.feature.iloc[0]]
-        middle.plot(first.t, first.energy, color=_REVERSE, alpha=0.8, label="p against q" if c == 0 else None)
+        middle.plot(first.t, first.energy, color=REVERSE, alpha=0.8, label="p against q" if c == 0 else None)
         middle.plot(
             first.t, first.energy_band, color="gray", ls="--", label="99 % band of sampling noise" if c == 0 else None
         )
@@ -136,7 +152,7 @@ def marginal_distances(report: Marginals) -> Figure:
         xlabel="t", ylabel="energy distance (chain's units)", title=f"jointly: p = {report.p_value:.2g}", ylim=(0, None)
     )
     for k in report.pareto_k:
-        right.hist(k[np.isfinite(k)], bins=40, alpha=0.6, color=_REVERSE)
+        right.hist(k[np.isfinite(k)], bins=40, alpha=0.6, color=REVERSE)
     label = f"{report.k_threshold:.2f}: not to be trusted beyond"
     right.axvline(report.k_threshold, color="gray", ls="--", label=label)
     right.set(xlabel="Pareto k̂ of the importance weights", ylabel="data", title="importance weights, N14")
