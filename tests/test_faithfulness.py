@@ -1,8 +1,12 @@
 """Draws beside data: the three verdicts, and that each is said for cause."""
 
+import jax
 import numpy as np
 import pytest
+from helpers.once import once
 
+import probdiff
+from probdiff import GaussianDiffusion, networks, schedules
 from probdiff.faithfulness import faithfulness
 
 NAMES = ["a", "b", "c", "d"]
@@ -65,6 +69,37 @@ def test_of_few_rows_it_cannot_be_told():
     alike = faithfulness(rows_of(0, 5000), rows_of(1, 40), NAMES)
     assert alike.verdict.startswith("Whether the draws are like the data cannot be told from so few rows: a shift of")
     assert alike.power < 0.5
+
+
+@once
+def draws_of_five_steps(kind):
+    """Of a fit of 2,000 rows, which has hardly left the Gaussian that it starts from."""
+    d = GaussianDiffusion((4,), schedules.cosine(8), networks.ResidualMLP(8, 1))
+    rows = DATA[kind](rows_of(5, 2000))
+    fit = probdiff.fit(d, rows, rng_key=jax.random.key(0), num_steps=5, progress_bar=False)
+    return fit.sample(jax.random.key(1), 5000)
+
+
+DATA = {"a Gaussian": lambda x: x, "a ring": lambda x: np.concatenate([ring_of(len(x)), x[:, 2:]], 1)}
+
+
+def ring_of(n):
+    angle = np.random.default_rng(7).uniform(0, 2 * np.pi, n)
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_rows", "verdict"),
+    [
+        ("a ring", 600, "The draws differ from the data, in column [ab]"),
+        ("a Gaussian", 600, "The draws are faithful"),
+        ("a Gaussian", 40, "Whether the draws are like the data cannot be told from so few rows"),
+    ],
+)
+def test_a_fit_of_five_steps_is_a_gaussian_and_called_so(kind, num_rows, verdict):
+    alike = faithfulness(draws_of_five_steps(kind), DATA[kind](rows_of(6, num_rows)), NAMES)
+    with pytest.raises(AssertionError, match=verdict):
+        raise AssertionError(alike.verdict)
 
 
 @pytest.mark.slow

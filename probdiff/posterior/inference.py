@@ -16,7 +16,7 @@ from probdiff.chains import GaussianDiffusion
 from probdiff.checks import check_count, check_key, labels, some, warn
 from probdiff.likelihood.result import LogLikelihood, log_mean
 from probdiff.posterior.filters import Filtered, filters, spread
-from probdiff.posterior.observations import Likelihood, Missing, prepare
+from probdiff.posterior.observations import Likelihood, Missing, known_entries, prepare
 from probdiff.psis import k_threshold, pareto_k
 from probdiff.results import Fit
 from probdiff.types import Key
@@ -139,12 +139,14 @@ def log_conditional(
     """log p(x_A given x_B) = log p(x_A, x_B) − log p(x_B) for features A = `of` and B = `given` of x (N, D), nats.
 
     Features are counted from 0 in the flattened x, or named as in the data frame that was fitted; those in neither set
-    are integrated out. In the data's own units.
+    are integrated out, and may be NaN. In the data's own units.
     Raises `ValueError` where `of` is empty, a feature is in both or not of the data, and as `sample`.
     """
-    x = fit.checked(x)
-    flat = x.reshape(len(x), -1)
     A, B = _features(of, "of", fit), _features(given, "given", fit)
+    flat = known_entries(fit, x)
+    others = [k for k in range(flat.shape[1]) if k not in A + B]
+    flat[:, others] = fit.loc.ravel()[others]
+    x = fit.checked(flat.reshape(-1, *fit.loc.shape))
     if not A:
         raise ValueError("of has no feature; it must name at least one")
     if set(A) & set(B):

@@ -77,7 +77,7 @@ def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[
     if isinstance(likelihood, LinearGaussian | Missing) and data is not None:
         raise ValueError(f"data are for a likelihood that is a function; {type(likelihood).__name__} has its own")
     if isinstance(likelihood, Missing):
-        x = _known(fit, likelihood.x)
+        x = known_entries(fit, likelihood.x)
         known = ~np.isnan(x)
         # features are known, whatever axes the chain has
         z = to_chain(fit.diffusion, x.reshape(-1, *fit.loc.shape), fit.units._replace(rotation=None)).reshape(x.shape)
@@ -222,7 +222,7 @@ def _check_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Non
         pass  # a function of JAX arrays may not take NumPy's
 
 
-def _known(fit: Fit, x: ArrayLike) -> np.ndarray:
+def known_entries(fit: Fit, x: ArrayLike) -> np.ndarray:
     """The table (N, D), checked, with NaN where an entry is missing or masked."""
     x = frame_values(x, "x", fit.features)
     masked = isinstance(x, np.ma.MaskedArray) and x.dtype.kind == "f"

@@ -33,7 +33,10 @@ def test_conditional_densities(x64):
         z = (found.values[i] - stats.norm(m[1], np.sqrt(v[1, 1])).logpdf(row[1])) / found.values_mcse[i]
         assert abs(z) < stats.t(19).isf(FAILURE / 4)
     assert found.kind == "estimate"
-    alone = posterior.log_conditional(fit, x, of=[1], given=[], **options)
+    holes = frame.assign(a=[np.nan, 0.5])
+    alone = posterior.log_conditional(named, holes, of=["b"], given=[], **options)
+    with pytest.raises(ValueError, match=r"1 entries that are NaN or infinite, in row\(s\) 0 and column\(s\) a"):
+        posterior.log_conditional(named, holes, of=["b"], given=["a"], **options)
     z = (alone.values - stats.norm(mean[1], np.sqrt(cov[1, 1])).logpdf(x[:, 1])) / alone.values_mcse
     assert np.all(np.abs(z) < stats.t(19).isf(FAILURE / 4))
 
