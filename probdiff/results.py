@@ -37,8 +37,8 @@ Method = Literal["elbo", "iwae", "smc", "upper", "ode", "exact"]
 class Fit:
     """A fitted diffusion. Where it holds several independent fits, every result has them as a leading axis of size C.
 
-    What goes in and comes out is in the data's own units: x = loc + scale·(R·x_0), with R the orthogonal `rotation`, or
-    the identity where that is None, and with the log-determinant −Σ log scale in every log density.
+    What goes in and comes out is in the data's own units: x = loc + scale·(A·x_0), with A the matrix `axes`, or the
+    identity where that is None, and with the log-determinant −Σ log scale − log |det A| in every log density.
     `stacked_params` has the leading axis even for one fit. `features` are the names of the columns of the data frame
     that was fitted: those of a frame that is given later are taken by name, whatever their order, and those of an array
     by position. `whole` says which features, flattened, are integers that were dequantised: draws of them are rounded
@@ -53,7 +53,7 @@ class Fit:
     scale: np.ndarray
     features: tuple[str, ...] | None = None
     whole: tuple[bool, ...] | None = None
-    rotation: np.ndarray | None = None
+    axes: np.ndarray | None = None
     steps: np.ndarray | None = None
 
     def __repr__(self) -> str:
@@ -66,21 +66,21 @@ class Fit:
             best = ", ".join(f"{step:,}" for step in self.steps_kept)
             how = f"best of validation, nats per datum: {_numbers(self.stacked_validation.max(1))}, after {best} steps"
             how += " (0: the Gaussian that it starts from)" * (0 in self.steps_kept)
-        beta, rotated = np.asarray(self.noise_levels.beta), "x_0" if self.rotation is None else "(R·x_0)"
+        beta, on_axes = np.asarray(self.noise_levels.beta), "x_0" if self.axes is None else "(A·x_0)"
         return "\n".join(
             [
                 f"Fit of a {type(d).__name__}: {self.loc.size} feature(s){names}, T = {d.num_timesteps}{options}",
                 f"{self.num_chains} chain(s) of {steps:,} steps",
                 how,
                 f"β_t from {beta[:, 0].min():.3g} to {beta.max():.3g}, of {type(d.schedule).__name__}",
-                f"data = loc + scale·{rotated}: loc {_numbers(self.loc.ravel())}; scale {_numbers(self.scale.ravel())}",
+                f"data = loc + scale·{on_axes}: loc {_numbers(self.loc.ravel())}; scale {_numbers(self.scale.ravel())}",
             ]
         )
 
     @property
     def units(self) -> Units:
         """The chain's own units in those of the data."""
-        return Units(self.loc, self.scale, self.rotation)
+        return Units(self.loc, self.scale, self.axes)
 
     @property
     def num_chains(self) -> int:
@@ -268,7 +268,7 @@ class Fit:
     def save(self, path: str | Path) -> None:
         """Writes the fit to one .npz file, whole or not at all; `Fit.load` reads it. Raises `OSError`."""
         leaves = {f"leaf_{i:04}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.stacked_params))}
-        named = (("features", self.features), ("whole", self.whole), ("rotation", self.rotation), ("steps", self.steps))
+        named = (("features", self.features), ("whole", self.whole), ("axes", self.axes), ("steps", self.steps))
         optional = {name: np.array(held) for name, held in named if held is not None}
         names = np.array(
             [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.stacked_params)]
@@ -325,8 +325,8 @@ class Fit:
                 )
         params = jax.tree.unflatten(treedef, [jnp.asarray(leaf) for leaf in leaves])
         features, whole = (tuple(arrays[name].tolist()) if name in arrays else None for name in ("features", "whole"))
-        units = Units(arrays["loc"], arrays["scale"], arrays.get("rotation"))
-        of_fit = arrays["losses"], arrays["validation"], units.loc, units.scale, features, whole, units.rotation
+        units = Units(arrays["loc"], arrays["scale"], arrays.get("axes"))
+        of_fit = arrays["losses"], arrays["validation"], units.loc, units.scale, features, whole, units.axes
         fit = cls(d, params, *of_fit, arrays.get("steps"))
         beta = np.asarray(fit.noise_levels.beta)
         if beta.shape != arrays["beta"].shape or not np.allclose(beta, arrays["beta"], rtol=1e-5, atol=0):

@@ -14,7 +14,7 @@ from probdiff import datasets, families, networks, schedules
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.families.base import family_options
 from probdiff.files import atomic_write
-from probdiff.fitting.fit import is_few
+from probdiff.fitting.fit import held_out_by_default, is_few
 from probdiff.results import Fit
 
 SCHEDULES: dict[str, Callable[[int], Any]] = {
@@ -99,9 +99,11 @@ class Run:
         return GaussianDiffusion((size,), schedule, network, covariance)
 
     def stopping(self, data_split: datasets.Split) -> dict[str, Any]:
-        """The options of a fit that say when it stops; none of few real rows, for which it has its own."""
+        """The options of a fit that say when it stops; none of real rows that are not many: it has its own for them."""
         chosen = self.options["patience"]
-        if chosen is None and not data_split.density and is_few(*data_split.train.shape):
+        train = data_split.train
+        by_default = is_few if np.issubdtype(train.dtype, np.integer) else held_out_by_default
+        if chosen is None and not data_split.density and by_default(*train.shape):
             return {}
         patience = (0 if data_split.density else 20) if chosen is None else chosen
         return {"validation": 0.15 if patience else 0.0, "patience": patience or None}

@@ -23,27 +23,27 @@ _MARGIN = 0.4  # z of more than the largest number of a precision to this power 
 
 
 class Units(NamedTuple):
-    """x = loc + scale·(R·z), z in the chain's own units; without `rotation` R is the identity.
+    """x = loc + scale·(A·z), z in the chain's own units; A (D, D) is `axes`, of features that are a vector, or none.
 
-    loc and scale (*event_shape); R (D, D) is orthogonal, of features that are a vector.
+    loc and scale are (*event_shape). The columns of A are the axes of the chain: directions that may differ in length.
     """
 
     loc: np.ndarray
     scale: np.ndarray
-    rotation: np.ndarray | None = None
+    axes: np.ndarray | None = None
 
     def to_data(self, z: Any) -> Any:
         """z (…, *event_shape) in the data's own units."""
         return self.loc + self.scale * self.to_features(z)
 
     def to_features(self, z: Any) -> Any:
-        """R·z."""
-        return z if self.rotation is None else z @ self.rotation.T
+        """A·z."""
+        return z if self.axes is None else z @ self.axes.T
 
     def to_chain(self, x: Any) -> Any:
         """x (…, *event_shape) in the chain's own units."""
         z = (x - self.loc) / self.scale
-        return z if self.rotation is None else z @ self.rotation
+        return z if self.axes is None else z @ np.linalg.inv(self.axes).T
 
     @property
     def flat(self) -> "Units":
@@ -53,7 +53,8 @@ class Units(NamedTuple):
     @property
     def log_det(self) -> float:
         """Of a density in the chain's units over that in the data's, nats."""
-        return float(np.log(self.scale).sum())
+        of_axes = 0.0 if self.axes is None else np.linalg.slogdet(self.axes)[1]
+        return float(np.log(self.scale).sum() + of_axes)
 
 
 def chain_units(
@@ -129,7 +130,7 @@ def principal_axes(z: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
 
 
 def to_chain(d: Diffusion, x: np.ndarray, units: Units, name: str = "x") -> np.ndarray:
-    """x (N, …, *event_shape) in the chain's own units, Rᵀ·(x − loc)/scale; NaN where x is.
+    """x (N, …, *event_shape) in the chain's own units, A⁻¹·(x − loc)/scale; NaN where x is.
 
     Raises `ValueError` for entries so far out that their densities cannot be computed in this precision.
     """

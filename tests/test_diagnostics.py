@@ -24,7 +24,7 @@ def x():
 
 @pytest.fixture(scope="module")
 def fitted(x):
-    d, options = light_diffusion(width=16), {"num_steps": 500, "check_every": 500, "times": "even"}
+    d, options = light_diffusion(width=16), {"num_steps": 500, "check_every": 500, "times": "even", "validation": 0.0}
     return probdiff.fit(d, x[:1000], rng_key=KEY, num_chains=2, progress_bar=False, **options)
 
 

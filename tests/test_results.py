@@ -27,7 +27,14 @@ def x():
 
 
 def small(d=None, **options):
-    options = {"num_steps": 300, "batch_size": 64, "check_every": 300, "progress_bar": False, **options}
+    """A function that fits, without rows held out unless it is told."""
+    options = {
+        "num_steps": 300,
+        "batch_size": 64,
+        "check_every": 300,
+        "validation": 0.0,
+        "progress_bar": False,
+    } | options
     return lambda x: probdiff.fit(d or mlp_diffusion(), x, rng_key=KEY, **options)
 
 
@@ -202,14 +209,14 @@ def handed_over(monkeypatch):
 
     def hand_over(data, **options):
         with pytest.raises(HandedOver) as caught:
-            small(num_steps=20, batch_size=None, check_every=None, **options)(data)
+            small(**{"num_steps": 20, "batch_size": None, "check_every": None, "validation": None} | options)(data)
         return caught.value.args
 
     return hand_over
 
 
 def test_few_data_are_guarded_against_overfitting_and_many_are_not(handed_over, x):
-    few, many = x[:199], x[:200]  # of two features
+    few, more_rows, many = x[:199], x[:200], np.tile(x, (5, 1))  # of two features
     rows, settings, _, smoothings = handed_over(few)  # to cross-validation
     standardised = (few - few.mean(0)) / few.std(0)
     np.testing.assert_allclose(rows, standardised, rtol=1e-5, atol=1e-6)
@@ -220,7 +227,10 @@ def test_few_data_are_guarded_against_overfitting_and_many_are_not(handed_over, 
         rows, settings, held_out, smoothing = handed_over(data, **more)
         assert (len(rows), held_out, smoothing) == (len(data), None, None)
         assert (settings.dropout, settings.patience, settings.check_every) == (False, None, 500)
-    rows, settings, held_out, _ = handed_over(many, validation=0.25, dropout=True, patience=3)
+    rows, settings, held_out, _ = handed_over(more_rows)
+    assert (len(rows), len(held_out), settings.patience, settings.check_every) == (170, 30, 20, 100)
+    assert (settings.dropout, settings.learning_rate) == (False, 2e-3)
+    rows, settings, held_out, _ = handed_over(more_rows, validation=0.25, dropout=True, patience=3)
     assert (len(rows), len(held_out), settings.dropout, settings.patience) == (150, 50, True, 3)
     assert settings.learning_rate == 2e-3
     assert handed_over(x[:5])[2] is None  # too few to hold any out
@@ -259,7 +269,7 @@ def test_the_defaults_for_few_data_are_better_than_none():
     d = mlp_diffusion(event_shape=(8,), width=64)
     guarded, unguarded = (
         small(d, num_steps=1500, batch_size=None, check_every=None, **options)(train)
-        for options in ({}, {"validation": 0, "dropout": False})
+        for options in ({"validation": None}, {"validation": 0, "dropout": False})
     )
     assert guarded.validation.size > 0
     assert unguarded.validation.shape == (0,)
@@ -279,6 +289,7 @@ def test_equal_keys_give_equal_fits_and_old_style_keys_do(x, single):
         batch_size=64,
         check_every=300,
         times="weighted",
+        validation=0.0,
         progress_bar=False,
     )
     np.testing.assert_array_equal(again.losses, single.losses)

@@ -1,6 +1,8 @@
 """The command line: `probdiff fit`, `report`, `sample`, `impute` and `check`."""
 
+import inspect
 import os
+import re
 import sys
 import warnings
 
@@ -12,6 +14,22 @@ from probdiff.cli.app import app
 from probdiff.fitting import devices
 
 __all__ = ["checking", "commands", "main"]
+
+
+_OPTIONS = {
+    name
+    for command in (commands.fit, commands.report, commands.sample, commands.impute, checking.check)
+    for name in inspect.signature(command).parameters
+}
+
+
+def _as_typed(message: str) -> str:
+    """The message in one line, where it begins with an argument of Python's with that of the command line."""
+    message = " ".join(message.split())
+    found = re.match(r"(\w+) is ", message)
+    if not found or found[1] not in _OPTIONS:
+        return message
+    return f"--{found[1].replace('_', '-')}{message[len(found[1]) :]}"
 
 
 def _tell(error: Exception, message: str) -> None:
@@ -30,7 +48,7 @@ def main() -> None:
         _tell(error, getattr(error, "format_message", error.__str__)())
         code = getattr(error, "exit_code", 2)
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
-        _tell(error, " ".join(str(error).split()))
+        _tell(error, _as_typed(str(error)))
         code = 1
     if code and jax.distributed.is_initialized():
         sys.stdout.flush()

@@ -18,8 +18,9 @@ from probdiff.checks import check_key, described, feature_names
 from probdiff.datasets.named import split
 from probdiff.fitting import devices
 from probdiff.fitting.checkpoints import refuse_to_overwrite, starts_at_noise
-from probdiff.fitting.folds import FOLDS, Chosen, chosen_before, cross_validate, keep, stretched
+from probdiff.fitting.folds import FOLDS, Chosen, chosen_before, cross_validate, keep
 from probdiff.fitting.loop import train
+from probdiff.fitting.matching import match, match_unless_worse
 from probdiff.fitting.settings import Objective, Settings, Times
 from probdiff.fitting.streams import Stream
 from probdiff.networks.gaussian_start import of_network, widened
@@ -37,11 +38,11 @@ from probdiff.units import (
 )
 
 _ROWS_PER_FEATURE = 100  # fewer are few
+_MANY = 10_000  # rows, from where none is held out
 _HELD_OUT = 0.15
 _OF_FEW = {"learning_rate": 1e-3, "schedule_learning_rate": 2e-2}
 _SMOOTHINGS = (0.0, 0.5)
 _PATIENCE_OF_FOLDS = 10
-_MATCHED_DRAWS = 20_000
 _LEAST_STEPS = 1000  # of β_t, where the network does not pay
 
 
@@ -98,12 +99,13 @@ def fit(
     A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
     network's `dropout`, a `learning_rate` of 1e-3, and cross-validation: each fifth of the rows is held out in turn,
     until its ELBO has not risen by 0.01 nats for a `patience` of 10 checks, with a `smoothing` of 0 and of 0.5. Then
-    all rows are fitted for as many steps as were best, with the smoothing that was, and the units are set so that draws
-    of each feature have the mean and the standard deviation of its rows, unless held-out rows speak against it. A
-    smoothing of h fits √(1−h²)·x + h·ε, ε from N(m, S), drawn anew for each batch. With `validation`, and for bits,
-    where a share of 0.15 is held out, there is no cross-validation, and `patience` is 20. Elsewhere, below 10 rows and
-    of a stream, none are held out. `check_every` is 100 steps with rows held out and 500 without. See `Settings` for
-    the rest and `train` for checkpoints.
+    all rows are fitted for as many steps as were best, with the smoothing that was. A smoothing of h fits
+    √(1−h²)·x + h·ε, ε from N(m, S), drawn anew for each batch. Of up to 10,000 rows that are more, and of few bits, a
+    share of 0.15 is held out by default, with a `patience` of 20; of more, below 10 rows and of a stream, none.
+    Where rows were held out by default, units are set so that draws of each feature, or else on each axis, have the
+    mean and the standard deviation of the rows, unless rows that were held out are less likely so, by two standard
+    errors. `check_every` is 100 steps with rows held out and 500 without. See `Settings` for the rest and `train` for
+    checkpoints.
     Warns of features with outlying values or heavy tails, and of those too far from zero for single precision.
     Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
     """
@@ -130,7 +132,11 @@ def fit(
     units, gaussian = _units_and_gaussian(d, x, init, features, at_noise)
     gently = few and gaussian is not None and not isinstance(x, Stream)
     folded = gently and validation is None and num_rows >= 2 * FOLDS
-    if validation is None and few and not folded and not isinstance(x, Stream) and round(_HELD_OUT * num_rows) >= 2:
+    bits = d.family.support.is_discrete
+    not_many = few if at_noise or bits else held_out_by_default(num_rows, math.prod(d.event_shape))
+    by_default = not_many and validation is None and not folded and not isinstance(x, Stream)
+    by_default = by_default and round(_HELD_OUT * num_rows) >= 2
+    if by_default:
         validation = _HELD_OUT
     data: np.ndarray | Stream
     if isinstance(x, Stream):
@@ -140,7 +146,7 @@ def fit(
         data, held_out = _hold_out(d, z, validation, rng_key, features)
     if held_out is not None and validation is not None and np.ndim(validation):
         held_out = to_chain(d, held_out, units, "validation")
-    if few and patience is None:
+    if patience is None and (few or by_default):
         patience = _PATIENCE_OF_FOLDS if folded else 20 if held_out is not None else None
     if patience is not None and held_out is None and not folded:
         raise ValueError("patience wants validation data to watch; pass validation=")
@@ -204,27 +210,27 @@ def fit(
         units.scale,
         features,
         is_whole,
-        units.rotation,
+        units.axes,
         trained.steps,
     )
-    if chosen is None or not chosen.matched or isinstance(x, Stream):
+    key_draws = jax.random.fold_in(rng_key, 2)
+    if isinstance(x, Stream):
         return found
-    return _matched(found, x, jax.random.fold_in(rng_key, 2))
+    if chosen is not None and chosen.matched:
+        return match(found, x, chosen.matched, key_draws)
+    if by_default and gaussian is not None and held_out is not None:
+        return match_unless_worse(found, x, units.to_data(held_out), key_draws)
+    return found
 
 
 def is_few(num_rows: int, num_features: int) -> bool:
-    """Whether rows are so few that a network overfits them."""
+    """Whether rows are so few that a network overfits them soon."""
     return num_rows < _ROWS_PER_FEATURE * num_features
 
 
-def _matched(fit: Fit, x: np.ndarray, rng_key: Key) -> Fit:
-    """The fit with the units in which draws of each feature have the mean and the standard deviation of its rows.
-
-    A network that has seen few rows takes too much for known, so that draws vary too little.
-    """
-    draws = replace(fit, whole=None).sample(rng_key, _MATCHED_DRAWS).reshape(-1, *fit.loc.shape)
-    stretch = stretched(x, draws)
-    return replace(fit, loc=stretch.to_data(fit.loc), scale=stretch.scale * fit.scale)
+def held_out_by_default(num_rows: int, num_features: int) -> bool:
+    """Whether a fit of a Gaussian chain to so many rows holds some out by default."""
+    return is_few(num_rows, num_features) or num_rows < _MANY
 
 
 def _units_and_gaussian(
@@ -250,8 +256,8 @@ def _units_and_gaussian(
             warn_of_levels(x, features)
         if d.family.support.is_discrete or at_noise:
             return units, None
-        rotation, variance = principal_axes(units.to_chain(x))
-        units, ends = units._replace(rotation=rotation), x
+        axes, variance = principal_axes(units.to_chain(x))
+        units, ends = units._replace(axes=axes), x
     z = units.to_chain(ends)
     return units, None if at_noise else (np.log(variance), z.min(0), z.max(0))
 

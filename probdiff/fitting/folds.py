@@ -15,6 +15,7 @@ from probdiff.chains import Diffusion
 from probdiff.files import atomic_write, make_folder
 from probdiff.fitting.checkpoints import CONFIGURATION
 from probdiff.fitting.loop import run_steps, start_state, validate
+from probdiff.fitting.matching import Kind, kinds, no_worse, stretched
 from probdiff.fitting.settings import Settings
 from probdiff.progress import progress
 from probdiff.sampling import one_fit, reverse_draws
@@ -32,14 +33,14 @@ class Chosen:
     """What was best for rows that were held out in turn.
 
     `steps` and `smoothing` of the fit; `pays`: whether its network is better than the Gaussian alone, by more than one
-    standard error of the paired difference; `matched`: whether units in which draws have the moments of the rows are
-    no worse than those of the rows, by so much; `curve`: the ELBO at each check, nats per datum.
+    standard error of the paired difference; `matched`: by what units may be `stretched`; `curve`: the ELBO at each
+    check, nats per datum.
     """
 
     steps: int
     smoothing: float
     pays: bool
-    matched: bool
+    matched: Kind | None
     curve: np.ndarray
 
 
@@ -114,9 +115,17 @@ def cross_validate(
     best, smoothing, curve = max(found, key=lambda one: one[0].mean)
     alone = best.params | {"network$params": first["network$params"]}
     gain = best.K - validate(d, alone, folds.held_out, key_elbo, 0)
-    loss = best.K - _K_of_matched(d, best.params, folds, key_draws, key_elbo)
-    pays, worse = (bool(one.mean() > one.std(ddof=1) / math.sqrt(one.size)) for one in (gain, loss))
-    return Chosen(best.steps, smoothing, pays, not worse, np.array(curve))
+    pays = bool(gain.mean() > gain.std(ddof=1) / math.sqrt(gain.size))
+    draws = [
+        units.to_data(reverse_draws(d, one_fit(best.params, c), key, _DRAWS, [0])[:, 0])
+        for c, (units, key) in enumerate(zip(folds.units, jax.random.split(key_draws, FOLDS), strict=True))
+    ]
+    matched = (
+        kind
+        for kind in kinds(folds.units[0])
+        if no_worse(best.K - _K_of_matched(d, best.params, folds, draws, kind, key_elbo))
+    )
+    return Chosen(best.steps, smoothing, pays, next(matched, None), np.array(curve))
 
 
 def chosen_before(folder: str | Path | None) -> Chosen | None:
@@ -136,18 +145,13 @@ def keep(chosen: Chosen, folder: str | Path | None) -> Chosen:
     return chosen
 
 
-def stretched(rows: np.ndarray, draws: np.ndarray) -> Units:
-    """Units in which `draws` of each feature have the mean and the standard deviation of its `rows`."""
-    scale = rows.std(0) / draws.std(0)
-    return Units(rows.mean(0) - scale * draws.mean(0), scale)
-
-
-def _K_of_matched(d: Diffusion, params: Params, folds: _Folds, key_draws: Key, key_elbo: Key) -> np.ndarray:
+def _K_of_matched(
+    d: Diffusion, params: Params, folds: _Folds, draws: list[np.ndarray], kind: Kind, key_elbo: Key
+) -> np.ndarray:
     """The ELBO of each held-out row, (C, M), where the units of each fold are `stretched`."""
     moved, log_det = [], []
-    for c, (units, key) in enumerate(zip(folds.units, jax.random.split(key_draws, FOLDS), strict=True)):
-        draws = reverse_draws(d, one_fit(params, c), key, _DRAWS, [0])[:, 0]
-        stretch = stretched(units.to_data(folds.fitted[c]), units.to_data(draws))
-        moved.append(units.to_chain(stretch.to_chain(units.to_data(folds.held_out[c]))).astype(draws.dtype))
-        log_det.append(stretch.log_det)
+    for units, fitted, held_out, drawn in zip(folds.units, folds.fitted, folds.held_out, draws, strict=True):
+        new = stretched(units, units.to_data(fitted), drawn, kind)
+        moved.append(new.to_chain(units.to_data(held_out)).astype(held_out.dtype))
+        log_det.append(new.log_det - units.log_det)
     return validate(d, params, moved, key_elbo, 0) - np.array(log_det)[:, None]

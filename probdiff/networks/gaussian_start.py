@@ -16,6 +16,7 @@ _MARGIN = 0.5  # of the range of the data, beyond which x̂_0 is bent, to end at
 _NOISE = 5.0  # standard deviations of x_t given x_0, by which x_0 may lie nearer than x_t/√ᾱ_t
 _SHARP = 8  # how suddenly a variance stops to grow
 _TINY = 1e-30
+_FAR = 16.0  # standard deviations of x_t, from where on its covariance is that of the start
 _LEAST_RANGE = 1e-3  # in the chain's units
 _LOG = 16.0  # the kernel's bound of log Var(x_0 given x_t)/(1−ᾱ_t), in modulus
 
@@ -30,7 +31,8 @@ class GaussianStart(eqx.Module):
 
     With r = high − low, x̂_0 is left as it is up to r/2 outside of the data and stays within r of them; where x_t/√ᾱ
     itself lies more than five standard deviations of its noise further out, x̂_0 may follow it. Variances of x_0 given
-    x_t stay below r²/4, the largest of any density on the range. All of that is smooth, so that densities are exact.
+    x_t stay below r²/4, the largest of any density on the range, and where x_t/√g is far out, the network has no say in
+    them: b and c are divided by 1 + Σ_i (x_t/√g)_i⁸/16⁸. All of that is smooth, so that densities are exact.
     """
 
     network: eqx.Module
@@ -48,21 +50,23 @@ class GaussianStart(eqx.Module):
             alpha_bar, noise = jax.nn.sigmoid(wide), jax.nn.sigmoid(-wide)
             g = alpha_bar * variance + noise
             x = x_t.reshape(*x_t.shape[: x_t.ndim - axes], size)
-            raw = network((x / jnp.sqrt(g)).reshape(x_t.shape), log_snr)
+            scaled = x / jnp.sqrt(g)
+            raw = network(scaled.reshape(x_t.shape), log_snr)
             w = variance / g
             a = jnp.sqrt(w) * raw[..., :size] + jnp.sqrt(alpha_bar * noise) * (variance - 1) / g * x
             a = a + _excess(x, jnp.sqrt(alpha_bar) * x + jnp.sqrt(noise) * a, wide, low, high) / jnp.sqrt(noise)
             if raw.shape[-1] == size:
                 return a
             log_most = 2 * jnp.log(_reach(low, high) / 2) - jax.nn.log_sigmoid(-wide)
+            near = 1 / (1 + jnp.sum(jnp.minimum((scaled / _FAR) ** 2, 1e3) ** 4, -1, keepdims=True))
             start = 8 * jnp.arctanh(jnp.clip(jnp.log(w), -0.95 * _LOG, 0.95 * _LOG) / _LOG)
-            log_variance = _LOG * jnp.tanh((raw[..., size : 2 * size] + start) / 8)
+            log_variance = _LOG * jnp.tanh((near * raw[..., size : 2 * size] + start) / 8)
             log_variance -= jax.nn.softplus(_SHARP * (log_variance - log_most)) / _SHARP
             b = 8 * jnp.arctanh(jnp.clip(log_variance / _LOG, -0.9999, 0.9999))
             if raw.shape[-1] == 2 * size:
                 return jnp.concatenate([a, b], -1)
             rows, columns = np.tril_indices(size, -1)
-            below = jnp.sqrt(w[..., rows] * w[..., columns]) * raw[..., 2 * size :]
+            below = jnp.sqrt(w[..., rows] * w[..., columns]) * near * raw[..., 2 * size :]
             norm = jnp.zeros(a.shape).at[..., rows].add(below**2)
             excess = jnp.log(norm + _TINY) - log_most
             bounded = jnp.exp(-jax.nn.softplus(_SHARP * excess) / (2 * _SHARP))

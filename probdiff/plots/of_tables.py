@@ -54,7 +54,7 @@ def corner(
                 axes.set_yticks([])
             else:
                 axes.scatter(y[:, j], y[:, i], s=4, alpha=0.4, color=REVERSE, linewidths=0)
-                axes.scatter(x[:, j], x[:, i], s=4, alpha=0.6, color=FORWARD, linewidths=0)
+                axes.scatter(x[:, j], x[:, i], s=10 if len(x) < 500 else 4, alpha=0.7, color=FORWARD, linewidths=0)
                 axes.set_ylim(low[i], high[i])
             axes.set_xlim(low[j], high[j])
             axes.tick_params(labelsize=7, labelbottom=i == K - 1, labelleft=j == 0 and i > 0)

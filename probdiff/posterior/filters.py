@@ -100,7 +100,7 @@ def _filter(
 ) -> Filtered:
     T, S, size = d.num_timesteps, num_particles, math.prod(d.event_shape)
     # features that are known are no axes of the chain, so that given them its axes hang together
-    turned = factors is not None and getattr(likelihood, "rotation", None) is not None
+    turned = factors is not None and getattr(likelihood, "axes", None) is not None
     noise, predict = handlers.substitute(d.predictions, data=params)()
 
     def state(x_t: Float[Array, "S D"], t: Any) -> _State:

@@ -95,15 +95,15 @@ class GuidedLinearGaussian(eqx.Module):
 
 
 class GuidedMissing(eqx.Module):
-    """R·x_0 is `y` in the entries that are `known`, without noise; y is zero in the others.
+    """A·x_0 is `y` in the entries that are `known`, without noise; y is zero in the others.
 
-    R is `rotation`, or the identity where that is None.
+    A is `axes`, or the identity where that is None.
     """
 
     y: Float[Array, " D"]
     known: Bool[Array, " D"]
     constant: Float[Array, ""]  # added to log g
-    rotation: Float[Array, "D D"] | None = None
+    axes: Float[Array, "D D"] | None = None
 
     def guidance(self, mean: Float[Array, "S D"], F: Float[Array, "*S D D"]) -> Guidance:
         return self._linear().guidance(mean, F)
@@ -111,8 +111,8 @@ class GuidedMissing(eqx.Module):
     def propose_x_0(
         self, mean: Float[Array, "S D"], F: Float[Array, "S D *D"], rng_key: Key
     ) -> tuple[Float[Array, "S D"], Float[Array, " S"]]:
-        """A draw of x_0 given y, exact, as that of `GuidedLinearGaussian`; entry by entry where R·F is diagonal."""
-        if F.ndim == 3 or self.rotation is not None:
+        """A draw of x_0 given y, exact, as that of `GuidedLinearGaussian`; entry by entry where A·F is diagonal."""
+        if F.ndim == 3 or self.axes is not None:
             return self._linear().propose_x_0(mean, F, rng_key)
         z = jax.random.normal(jax.random.split(rng_key)[0], mean.shape)
         standard = jnp.where(self.known, (self.y - mean) / F, 0.0)
@@ -123,7 +123,7 @@ class GuidedMissing(eqx.Module):
     def _linear(self) -> GuidedLinearGaussian:
         """The same with a measurement of each entry, those that are not known being noise alone."""
         eye = jnp.eye(self.y.size)
-        A = eye if self.rotation is None else self.rotation
+        A = eye if self.axes is None else self.axes
         return GuidedLinearGaussian(self.y, self.known[:, None] * A, ~self.known[:, None] * eye, self.constant)
 
 

@@ -80,13 +80,13 @@ def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[
         x = known_entries(fit, likelihood.x)
         known = ~np.isnan(x)
         # features are known, whatever axes the chain has
-        z = to_chain(fit.diffusion, x.reshape(-1, *fit.loc.shape), fit.units._replace(rotation=None)).reshape(x.shape)
+        z = to_chain(fit.diffusion, x.reshape(-1, *fit.loc.shape), fit.units._replace(axes=None)).reshape(x.shape)
         constant = np.sum(np.where(known, -np.log(units.scale), 0.5 * np.log(2 * np.pi)), 1)
         floats = [jnp.asarray(a, jnp.result_type(float)) for a in (np.where(known, z, 0.0), constant)]
-        R: Any = units.rotation
-        if R is not None:  # a view, since there is one for each datum
-            R = np.broadcast_to(R.astype(floats[0].dtype), (len(x), *R.shape))
-        return GuidedMissing(floats[0], jnp.asarray(known), floats[1], R), x
+        A: Any = units.axes
+        if A is not None:  # a view, since there is one for each datum
+            A = np.broadcast_to(A.astype(floats[0].dtype), (len(x), *A.shape))
+        return GuidedMissing(floats[0], jnp.asarray(known), floats[1], A), x
     if isinstance(likelihood, LinearGaussian):
         arrays = _linear(likelihood, units, fit.features)
         return GuidedLinearGaussian(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays)), None
@@ -262,7 +262,7 @@ def _linear(
         raise ValueError(f"A has shape {A.shape}; for y of shape {y.shape} it must be {(M, size)} or {(N, M, size)}")
     factor = _factor(noise, M)
     y, A = y - A @ units.loc, np.reshape(A * units.scale, (-1, M, size))  # one for all data, or one for each
-    A = A if units.rotation is None else A @ units.rotation
+    A = A if units.axes is None else A @ units.axes
     both = np.concatenate([A, np.broadcast_to(factor, (len(A), M, M))], axis=2)
     own = np.abs(both).max(2)  # whose square may be no number
     own *= np.linalg.norm(both / np.where(own > 0, own, 1.0)[..., None], axis=2)

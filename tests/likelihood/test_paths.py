@@ -21,7 +21,7 @@ def trained():
     mixture = datasets.GaussianMixture([0.3, 0.7], [[-1.0], [0.6]], [[[0.01]], [[0.09]]])
     x = np.asarray(mixture.sample(jax.random.key(1), 4000), np.float64)
     d = GaussianDiffusion((1,), schedules.LearnedBetas(6), networks.ResidualMLP(16, 1), "full")
-    return probdiff.fit(d, x, rng_key=jax.random.key(2), num_steps=600, progress_bar=False)
+    return probdiff.fit(d, x, rng_key=jax.random.key(2), num_steps=600, validation=0.0, progress_bar=False)
 
 
 @pytest.fixture(scope="module")
