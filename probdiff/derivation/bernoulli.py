@@ -6,6 +6,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
 from probdiff.derivation.pair import kernel_base
+from probdiff.derivation.sites import compiled
 from probdiff.reference.quadrature import MOST_BITS, states
 
 _MOST_LOG_ODDS = 1000.0  # in place of those of a probability that is zero or one
@@ -13,6 +14,7 @@ _MOST_LOG_ODDS = 1000.0  # in place of those of a probability that is zero or on
 type Parts = tuple[Float[Array, "N M"], Float[Array, "N M D"]]
 
 
+@compiled
 def mixture_parts(kernel: dist.Distribution, x: Array) -> Parts | None:
     """Log weights (N, M), up to a constant, and log-odds (N, M, D) of a mixture of M products of Bernoullis.
 
@@ -32,6 +34,7 @@ def mixture_parts(kernel: dist.Distribution, x: Array) -> Parts | None:
     return jnp.broadcast_to(log_weights, (n, M)), odds.reshape(n, M, size)
 
 
+@compiled
 def log_odds_of_product(kernel: dist.Distribution, x: Array) -> Float[Array, "N D"]:
     """The log odds of each bit where the kernel is a product of Bernoullis, and NaN where it is none."""
     parts = mixture_parts(kernel, x)
@@ -40,6 +43,7 @@ def log_odds_of_product(kernel: dist.Distribution, x: Array) -> Float[Array, "N 
     return parts[1][:, 0]
 
 
+@compiled
 def moments(kernel: dist.Distribution, x: Array) -> tuple[Float[Array, "N D"], Float[Array, "N D D"]]:
     """Rates and covariance of the bits, from the parts of a mixture of products, else by enumeration.
 

@@ -16,6 +16,7 @@ from probdiff.derivation.gradient import directions
 from probdiff.derivation.ledger import Comparison, bernstein, machine
 from probdiff.derivation.pair import Chain, Path, log_probs_in_blocks
 from probdiff.derivation.score import MeanSlope, enumerated_elbo, gradient_draws, reweighted_elbo
+from probdiff.derivation.sites import log_prob
 from probdiff.reference import flips
 from probdiff.reference.quadrature import MOST_BITS, states
 from probdiff.reference.two_state import TwoStateChain
@@ -142,8 +143,8 @@ class PairOfBits:
         flipped[np.arange(len(s)) + T + 2, s] = flipped[np.arange(len(s)) + T + 2, t] = True
         total, size = np.zeros((len(flipped), rows)), 0.0
         moved = _flipped(path, {k: flipped[:, k, None, *[None] * (which[k].ndim - 1)] & which[k] for k in path})
-        for log_prob in log_probs_in_blocks(chain, moved).values():
-            of_site = np.maximum(np.float64(log_prob), _NEVER)
+        for found in log_probs_in_blocks(chain, moved).values():
+            of_site = np.maximum(np.float64(found), _NEVER)
             total, size = total + of_site, size + np.abs(of_site).max()
         mixed = np.zeros((T + 1, T + 1))
         of_pair = total[T + 2 :] - total[1 + s] - total[1 + t] + total[0]
@@ -215,10 +216,10 @@ class PairOfBits:
                 y = np.concatenate([x[None], np.abs(x - one)])  # (1 + flips, N, D)
                 of_part = log_expit(np.where(y[:, :, None] == 1, odds, -odds)).sum(-1)
                 by_scipy.append(logsumexp(of_part + log_share - logsumexp(log_share, 1, keepdims=True), 2))
-                stated.append(kernel.log_prob(jnp.asarray(y.reshape(-1, *shape), path[t].dtype)))
+                stated.append(log_prob(kernel, jnp.asarray(y.reshape(-1, *shape), path[t].dtype)))
                 scale.append(np.broadcast_to(100 * e.eps * (D + np.abs(odds).max(1).sum(-1)), by_scipy[-1].shape))
             if every is not None:
-                p = np.exp(np.float64(kernel.log_prob(every.astype(path[t].dtype))))  # (M, N)
+                p = np.exp(np.float64(log_prob(kernel, every.astype(path[t].dtype))))  # (M, N)
                 sums.append(p.sum(0))
                 means.append(p.T @ states(D))
                 rates.append(e.moments[chain.name][t][0][0])
@@ -316,7 +317,7 @@ class PairOfBits:
             return enumerated_elbo(e.pair, every, along.params(u))
 
         slope = jax.linearize(lambda u: elbo(u).sum(), along.u)[1]
-        exact = np.asarray(jax.vmap(slope)(along.moves))
+        exact = np.asarray(jax.jit(jax.vmap(slope))(along.moves))
         paths = {t: jnp.asarray(x[:S]) for t, x in e.draws[0].items()}
         drawn = np.asarray(gradient_draws(e.pair, paths, along, elbo(along.u)))
         mean, error = drawn.mean(0), drawn.std(0) / np.sqrt(S)

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from probdiff.derivation.pair import Pair
+from probdiff.derivation.sites import log_prob
 from probdiff.reference.quadrature import Grid
 
 _MOST_ENTRIES = 5e7  # of the kernels on the nodes, T·M²
@@ -22,7 +23,7 @@ def grid(pair: Pair, y: Float[np.ndarray, "M *D"]) -> Grid | None:
 
     def columns(x_t: jax.Array) -> dict[int, jax.Array]:
         path = {t: jnp.broadcast_to(x_t, one.shape) for t in pair.p.times}
-        return {t: kernel.log_prob(to)[:, 0] for t, kernel in pair.p.kernels(path).items()}
+        return {t: log_prob(kernel, to)[:, 0] for t, kernel in pair.p.kernels(path).items()}
 
     log_p = {t: _finite(np.asarray(block, np.float64)) for t, block in jax.vmap(columns)(nodes).items()}
     kernels = np.stack([log_p[t].T for t in range(T)])

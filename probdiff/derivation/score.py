@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from probdiff.derivation.gradient import Directions, double
 from probdiff.derivation.pair import Chain, Pair, Path
+from probdiff.derivation.sites import log_prob
 from probdiff.types import Event, Key, Params
 
 
@@ -67,10 +68,10 @@ def enumerated_elbo(pair: Pair, states: Event, params: Params) -> Float[Array, "
     before = jnp.tile(states, (N, *[1] * len(event)))  # the neighbour of x_t, in q and in p
     path = {t: before if t else x_0 for t in range(T + 1)}
     log_q, log_p = (
-        {t: kernel.log_prob(states[:, None]).reshape(M, N, M) for t, kernel in chain.kernels(path, params).items()}
+        {t: log_prob(kernel, states[:, None]).reshape(M, N, M) for t, kernel in chain.kernels(path, params).items()}
         for chain in (pair.q, pair.p)
     )  # (x_t, datum, the neighbour)
-    reconstruction = pair.p.kernels(path, params)[0].log_prob(x_0).reshape(N, M)
+    reconstruction = log_prob(pair.p.kernels(path, params)[0], x_0).reshape(N, M)
     total, marginal, last = jnp.zeros(N), None, 0
     for t in pair.q.times:
         if marginal is None:
@@ -95,4 +96,5 @@ def _sum(weights: Array, values: Array, axis: int | tuple[int, ...]) -> Array:
 
 def _log_prob(chain: Chain, path: Path, params: Params) -> Float[Array, " N"]:
     """Of the sites of the chain on a path, for each datum."""
-    return sum(kernel.log_prob(path[t]) for t, kernel in chain.kernels(path, params).items())
+    first, *others = (log_prob(kernel, path[t]) for t, kernel in chain.kernels(path, params).items())
+    return sum(others, first)

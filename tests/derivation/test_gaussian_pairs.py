@@ -31,9 +31,17 @@ BETA = np.array([0.2, 0.4, 0.3])
 X = np.random.default_rng(0).normal(size=(16, 1))
 
 
+SLOPE = np.array([0.9, 0.8, 0.85])
+
+
+# arithmetic of the programs is compiled, as else each operation is a program of its own for each shape
+@jax.jit
+def mean_given(slope, x_t):
+    return slope * x_t + 0.1 * jnp.tanh(x_t)
+
+
 def f_mu(x_t, t):
-    slope = numpyro.param("slope", jnp.array([0.9, 0.8, 0.85]))
-    return slope[t - 1] * x_t + 0.1 * jnp.tanh(x_t)
+    return mean_given(numpyro.param("slope", SLOPE)[t - 1], x_t)
 
 
 def f_sigma(x_t, t):
@@ -106,8 +114,7 @@ def twice(t, mean):
 
 
 def _detached(x_t, t):
-    slope = jax.lax.stop_gradient(numpyro.param("slope", jnp.array([0.9, 0.8, 0.85])))
-    return slope[t - 1] * x_t + 0.1 * jnp.tanh(x_t)
+    return mean_given(jax.lax.stop_gradient(numpyro.param("slope", SLOPE))[t - 1], x_t)
 
 
 def _half_detached(t):

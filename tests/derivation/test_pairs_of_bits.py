@@ -24,6 +24,7 @@ from probdiff.derivation.gradient import directions
 from probdiff.derivation.ledger import bernstein
 from probdiff.derivation.pair import Pair
 from probdiff.derivation.score import enumerated_elbo, gradient_draws
+from probdiff.derivation.sites import log_prob
 from probdiff.families.binomial import Binomial
 from probdiff.likelihood.exact import exact
 from probdiff.psis import pareto_k
@@ -119,6 +120,7 @@ def neighbour(x, b):
     return (0.9 * x + 0.1 * x[..., ::-1]) * (1 - b) + RATE * b
 
 
+@jax.jit
 def together(rate):
     """The bits are a little more likely together, or a little less, each at its own rate on the whole."""
     rates = rate[..., None, :] + 0.05 * jnp.array([[1.0], [-1.0]])
@@ -278,7 +280,7 @@ class Opaque(dist.Distribution):
         super().__init__(self.inside.batch_shape, self.inside.event_shape)
 
     def log_prob(self, value):
-        return self.inside.log_prob(value)
+        return log_prob(self.inside, value)
 
     def sample(self, key, sample_shape=()):
         return self.inside.sample(key, sample_shape)
