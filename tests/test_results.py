@@ -351,11 +351,12 @@ def test_features_that_were_dequantised_come_out_as_integers(tmp_path):
     rng = np.random.default_rng(0)
     counts = rng.poisson(30, size=(200, 1)) + rng.uniform(size=(200, 1))
     frame = pd.DataFrame(np.hstack([rng.normal(size=(200, 1)), counts]), columns=NAMES)
-    made = small(d, num_steps=10, check_every=10, whole=["mmol"])(frame)
+    options = {"num_steps": 10, "check_every": 10, "validation": 0.0}
+    made = small(d, **options, whole=["mmol"])(frame)
     made.save(tmp_path / "fit.npz")
     fit = Fit.load(tmp_path / "fit.npz", d)
     assert fit.whole == made.whole == made.chain(0).whole == (False, True)
-    assert small(d, num_steps=10, check_every=10, init=fit)(frame).whole == (False, True)
+    assert small(d, **options, init=fit)(frame).whole == (False, True)
 
     def assert_whole(draws):
         np.testing.assert_array_equal(draws[..., 1], np.floor(draws[..., 1]))

@@ -160,7 +160,7 @@ def test_equal_measurements_of_very_different_errors_say_what_the_best_does():
 def test_frames_in_likelihoods_are_taken_by_name():
     fit = replace(linear_fit("full")[0], features=("a", "b"))
     rows = pd.DataFrame({"b": [-0.4], "a": [0.7]})
-    options = {"rng_key": KEY, "num_particles": 50, "num_filters": 2}
+    options = {"rng_key": KEY, "num_particles": 500}
     values = [
         posterior.log_evidence(fit, LinearGaussian(np.array([2.5]), of_x, 0.3), **options).values for of_x in (rows, A)
     ]
