@@ -33,6 +33,7 @@ from probdiff.progress import progress as progress_of
 from probdiff.sampling import one_fit
 from probdiff.schedules import Schedule
 from probdiff.types import Data, Key, Params
+from probdiff.units import Units
 
 _AVERAGING = 0.01  # weight of the newest params in their moving average
 
@@ -213,7 +214,7 @@ def train(
 ) -> Trained:
     """Makes C fits side by side to x (N, *event_shape), in the chain's own units, by minimising the negative of N17.
 
-    `units`, where those have zero and one in the data's, tell data apart that are the same but for their units.
+    `units`, loc, scale and axes of `Units`, tell data apart that are the same but for their units.
     The rows of each batch are drawn on the device, with replacement; those of a `Stream` from one buffer after the
     other, a new one after every check. With `validation` data, what is checked is a moving average of the params over
     the last hundred steps or so, and each fit keeps that of its best check. With `checkpoint_dir`, `resume=True` goes
@@ -236,6 +237,7 @@ def train(
     if resume and checkpoint_dir is None:
         raise ValueError("resume wants the folder of the run to go on with; pass checkpoint_dir=")
     mesh = devices.choose_mesh(mesh, settings.num_chains, settings.batch_size)
+    log_det = Units(*units).log_det  # what is shown of losses is in the data's units
     svi = make_svi(d, settings)  # which refuses what cannot be fitted, before anything is compiled
     init_key, batch_key, validation_key = jax.random.split(rng_key, 3)
     batch_keys = jax.random.split(batch_key, settings.num_chains)
@@ -293,7 +295,7 @@ def train(
         if checkpoints is not None:
             progress["state"], progress["average"] = devices.fetch((state, average), mesh)
             checkpoints.save(check + 1, progress)
-        bar.set_postfix_str(f"loss {losses.mean():.4f} nats per datum", refresh=False)
+        bar.set_postfix_str(f"loss {losses.mean() + log_det:.4f} nats per datum", refresh=False)
         bar.update(stop - start)
     bar.close()
     if checkpoints is not None:

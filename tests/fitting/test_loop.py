@@ -1,3 +1,6 @@
+import io
+import sys
+
 import jax
 import numpy as np
 import numpyro
@@ -89,17 +92,21 @@ def test_an_optimiser_of_ones_own_takes_the_place_of_adam(optimizer):
     np.testing.assert_allclose(change["beta"], -0.02 * direction, rtol=1e-3, atol=1e-7)
 
 
-def test_a_fit_by_an_optimiser_of_ones_own_learns():
-    x = np.sign(X) + 0.1 * X.astype(float)  # in two places, where a Gaussian is poor
+def test_a_fit_by_an_optimiser_of_ones_own_learns_and_shows_its_loss(monkeypatch):
+    x = 100 * np.sign(X) + 10.0 * X  # in two places, where a Gaussian is poor
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     options = {
         "rng_key": KEY,
         "num_steps": 300,
         "batch_size": 16,
         "check_every": 300,
         "times": "even",
-        "progress_bar": False,
+        "validation": 0.0,
+        "dropout": False,
     }
-    fit = probdiff.fit(light_diffusion(), x, optimizer=optax.adamw(2e-2), validation=0.0, dropout=False, **options)
+    fit = probdiff.fit(light_diffusion(), x, optimizer=optax.adamw(2e-2), **options)
+    assert f"loss {fit.losses.mean():.4f} nats per datum" in sys.stderr.getvalue()
     assert fit.losses[-50:].mean() < fit.losses[:50].mean() - 0.1
     for name in ("learning_rate", "gradient_clip"):
         with pytest.raises(ValueError, match=f"{name} is 0.1, and optimizer is given"):
