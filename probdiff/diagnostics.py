@@ -66,7 +66,7 @@ def to_datatree(
     | fit | beta, log_snr, elbo_part | chain, t | schedule, and the terms of K = Σ_t elbo_part − prior_kl |
     | fit | prior_kl | chain | KL(q(x_T given x_0) ‖ p(x_T)) |
 
-    Where the chain's axes are not those of the features, x_t is turned back to them, R·x_t of `Units`.
+    Where the chain's axes are not those of the features, x_t is turned back to them, A·x_t of `Units`.
     A fit is a point estimate, so the mean over draws of `log_likelihood` is the bound itself: each draw is the
     mean plus 1/√num_draws of one Monte Carlo estimate's deviation from it. `elbo_part` at t = 1 is the reconstruction.
     """

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.spatial.distance import cdist
+
+from probdiff.checks import feature_names, frame_values, is_frame, labels
 
 _LEVEL = 0.01  # of all tests together
 _EACH = _LEVEL / 5  # of those of location, scale and shape of the columns, of their correlations, and the joint one
@@ -77,11 +80,15 @@ class Faithfulness:
         return f"The draws are faithful: no difference was seen, and {noticed} ({counted})."
 
 
-def faithfulness(draws: np.ndarray, rows: np.ndarray, features: Sequence[str], *, seed: int = 0) -> Faithfulness:
+def faithfulness(
+    draws: ArrayLike, rows: ArrayLike, features: Sequence[str] | None = None, *, seed: int = 0
+) -> Faithfulness:
     """Compares draws (S, D) with held-out rows (N, D), in the data's units; see `Faithfulness`.
 
-    By chance alone, faithful draws are said to differ with probability at most about 0.01.
+    Either may be a data frame; `features` are by default the names of its columns. By chance alone, faithful draws are
+    said to differ with probability at most about 0.01. Raises `ValueError` as `side_by_side`.
     """
+    draws, rows, features = side_by_side(draws, rows, features)
     rng = np.random.default_rng(seed)
     low, high = rows.min(0), rows.max(0)
     std = np.where(high > low, rows.std(0), 1.0)
@@ -117,6 +124,34 @@ def faithfulness(draws: np.ndarray, rows: np.ndarray, features: Sequence[str], *
     )
 
 
+def side_by_side(
+    draws: ArrayLike, rows: ArrayLike, features: Sequence[str] | None
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Draws (S, D), rows (N, D) and the names of their columns, which of data frames are taken by name.
+
+    Raises `ValueError` where shapes or names do not fit, there are fewer than two of either, or one is not finite.
+    """
+    if features is None:
+        features = feature_names(rows, "rows") or feature_names(draws, "draws")
+    if isinstance(features, str):
+        raise ValueError(f"features is {features!r}; a list of names is wanted")
+    arrays = [
+        np.asarray(frame_values(x, name, features if is_frame(x) else None), np.float64)
+        for x, name in ((draws, "draws"), (rows, "rows"))
+    ]
+    size = arrays[1].shape[-1] if arrays[1].ndim else 0
+    for x, name in zip(arrays, ("draws", "rows"), strict=True):
+        if x.ndim != 2 or x.shape[1] != size or len(x) < 2 or not size:
+            of_chains = "; of several chains choose one, such as draws[0]" if x.ndim == 3 else ""
+            raise ValueError(f"{name} has shape {x.shape}; (N, {size or 'D'}) is wanted, two rows or more{of_chains}")
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} has entries that are NaN or infinite")
+    names = labels(features, size).tolist()
+    if len(names) != size:
+        raise ValueError(f"features has {len(names)} names; rows have {size} columns")
+    return *arrays, names
+
+
 def _scale_p(draws: np.ndarray, rows: np.ndarray) -> float:
     median = np.median(np.concatenate([draws, rows]))  # of both, so that they can be exchanged
     return float(stats.mannwhitneyu(np.abs(draws - median), np.abs(rows - median)).pvalue)
@@ -136,9 +171,11 @@ def _correlations(draws: np.ndarray, rows: np.ndarray, features: Sequence[str]) 
 
 
 def rank_correlations(x: np.ndarray) -> np.ndarray:
-    """Those of the columns of x (N, D), 0 of a column that is constant: (D, D)."""
+    """Spearman's correlations of the columns of x (N, D), 0 of a column that is constant with others: (D, D)."""
     with np.errstate(invalid="ignore"):
-        return np.nan_to_num(np.atleast_2d(np.corrcoef(stats.rankdata(x, axis=0), rowvar=False)))
+        found = np.nan_to_num(np.atleast_2d(np.corrcoef(stats.rankdata(x, axis=0), rowvar=False)))
+    np.fill_diagonal(found, 1.0)
+    return found
 
 
 def correlations_apart(of_draws: np.ndarray, of_rows: np.ndarray, num_draws: int, num_rows: int) -> np.ndarray:

@@ -325,7 +325,7 @@ class Fit:
                 )
         params = jax.tree.unflatten(treedef, [jnp.asarray(leaf) for leaf in leaves])
         features, whole = (tuple(arrays[name].tolist()) if name in arrays else None for name in ("features", "whole"))
-        units = Units(arrays["loc"], arrays["scale"], arrays.get("axes"))
+        units = Units(arrays["loc"], arrays["scale"], arrays.get("axes", arrays.get("rotation")))
         of_fit = arrays["losses"], arrays["validation"], units.loc, units.scale, features, whole, units.axes
         fit = cls(d, params, *of_fit, arrays.get("steps"))
         beta = np.asarray(fit.noise_levels.beta)

@@ -14,7 +14,8 @@ from probdiff import datasets, families, networks, schedules
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
 from probdiff.families.base import family_options
 from probdiff.files import atomic_write
-from probdiff.fitting.fit import held_out_by_default, is_few
+from probdiff.fitting.checkpoints import starts_at_noise
+from probdiff.fitting.fit import held_out_by_default
 from probdiff.results import Fit
 
 SCHEDULES: dict[str, Callable[[int], Any]] = {
@@ -102,8 +103,12 @@ class Run:
         """The options of a fit that say when it stops; none of real rows that are not many: it has its own for them."""
         chosen = self.options["patience"]
         train = data_split.train
-        by_default = is_few if np.issubdtype(train.dtype, np.integer) else held_out_by_default
-        if chosen is None and not data_split.density and by_default(*train.shape):
+        bits_or_old = np.issubdtype(train.dtype, np.integer) or starts_at_noise(self.folder / "checkpoints")
+        if (
+            chosen is None
+            and not data_split.density
+            and held_out_by_default(len(train), train.shape[1], bits_or_old=bits_or_old)
+        ):
             return {}
         patience = (0 if data_split.density else 20) if chosen is None else chosen
         return {"validation": 0.15 if patience else 0.0, "patience": patience or None}

@@ -120,6 +120,11 @@ def test_figures_of_a_table_name_its_columns_those_that_differ_most_first(num_fe
     assert of_columns(*(x[..., :1] for x in table(3)[:2]), ["one"]).keys() == {"quantiles"}
 
 
+def test_of_one_column_there_are_no_principal_components():
+    with pytest.raises(ValueError, match="rows have one column"):
+        plots.principal_components(np.zeros((5, 1)), np.zeros((4, 1)))
+
+
 def test_draws_beyond_the_frame_are_counted():
     draws, rows, names = table(4)
     draws[:7, 3] = 1e6

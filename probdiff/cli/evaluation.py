@@ -53,8 +53,7 @@ def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | N
     start = time.perf_counter()
     test, key = data_split.test, jax.random.key(run.options["seed"] + 2)
     key_elbo, key_tree = jax.random.split(key)
-    key_draws, c, alike = jax.random.fold_in(key, 2), fitted.best, None
-    draws = None
+    key_draws, c, alike, columns = jax.random.fold_in(key, 2), fitted.best, None, {}
     shorter = min(1.0, 40 / fitted.diffusion.num_timesteps)
     with _progress() as part:
         with part("log-likelihood"):
@@ -70,6 +69,8 @@ def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | N
             if not fitted.diffusion.family.support.is_discrete:
                 draws = replace(fitted.chain(c), whole=None).sample(key_draws, _DRAWN)  # dequantised, as the rows are
                 alike = faithfulness(draws, test, data_split.features)
+                if not are_pixels(data_split.features):
+                    columns = of_columns(draws, test, data_split.features)
         with part("files and figures"):
             summary = summarise(bound, tighter, exact, compared)
             with atomic_write(run.folder / "summary.csv") as file:
@@ -77,15 +78,14 @@ def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | N
             with atomic_write(run.folder / "fit.nc") as file:
                 dt.to_netcdf(file, engine="h5netcdf")
             figures = {
-                "samples": plots.samples(dt),
                 "marginals": plots.marginals_over_time(dt),
                 "distances": plots.marginal_distances(compared),
                 "schedule": plots.schedule(dt, np.asarray(fitted.diffusion.schedule().beta)),
                 "elbo_parts": plots.elbo_parts(dt),
                 "loss": plots.loss(dt),
-            }
-            if draws is not None and not are_pixels(data_split.features):
-                figures |= of_columns(draws, test, data_split.features)
+            } | columns
+            if "samples" not in figures:
+                figures["samples"] = plots.samples(dt)
             for name, figure in figures.items():
                 with atomic_write(run.folder / f"{name}.png") as file:
                     figure.savefig(file, dpi=120)

@@ -19,7 +19,8 @@ __all__ = ["checking", "commands", "main"]
 _OPTIONS = {
     name
     for command in (commands.fit, commands.report, commands.sample, commands.impute, checking.check)
-    for name in inspect.signature(command).parameters
+    for name, parameter in inspect.signature(command).parameters.items()
+    if any(isinstance(one, type(typer.Option())) for one in getattr(parameter.annotation, "__metadata__", ()))
 }
 
 

@@ -91,20 +91,22 @@ def fit(
     `whole` names or counts the features that were integers before they were dequantised: draws are rounded down to
     integers again.
 
-    The start of a Gaussian chain is the reversal of N(m, S), S the covariance of x shrunk as Ledoit and Wolf do; see
-    `GaussianStart`, which also bounds what is predicted. The chain's axes are those on which S is diagonal, for vectors
-    of up to 128 features. With validation data, a fit that is not better than that Gaussian by more than one standard
-    error of the paired difference stays the Gaussian.
+    The start of a Gaussian chain is the reversal of N(m, S), S the covariance of x shrunk as Ledoit and Wolf do, values
+    further out than 8 of the chain's units being cut, and of a stream the variances alone; see `GaussianStart`, which
+    also bounds what is predicted. The chain's axes are those on which S is diagonal, for vectors of up to 128 features.
+    With validation data, a fit that is not better than that Gaussian by more than one standard error of the paired
+    difference stays the Gaussian.
 
     A network overfits few data. So where N is less than 100 times the number of features, the defaults are to draw the
     network's `dropout`, a `learning_rate` of 1e-3, and cross-validation: each fifth of the rows is held out in turn,
     until its ELBO has not risen by 0.01 nats for a `patience` of 10 checks, with a `smoothing` of 0 and of 0.5. Then
     all rows are fitted for as many steps as were best, with the smoothing that was. A smoothing of h fits
-    √(1−h²)·x + h·ε, ε from N(m, S), drawn anew for each batch. Of up to 10,000 rows that are more, and of few bits, a
-    share of 0.15 is held out by default, with a `patience` of 20; of more, below 10 rows and of a stream, none.
-    Where rows were held out by default, units are set so that draws of each feature, or else on each axis, have the
-    mean and the standard deviation of the rows, unless rows that were held out are less likely so, by two standard
-    errors. `check_every` is 100 steps with rows held out and 500 without. See `Settings` for the rest and `train` for
+    √(1−h²)·x + h·ε, ε from N(m, S), drawn anew for each batch. Fewer than 10,000 rows that are no longer few are not
+    cross-validated: a share of 0.15 is held out, with a `patience` of 20; so it is of few bits. Of 10,000 rows or more,
+    of fewer than 10 and of a stream none are held out. Where rows were held out by default, units are set so that draws
+    of each feature, or else on each axis, have the mean and the standard deviation of the rows, unless rows that were
+    held out are less likely so, by two standard errors or 0.25 nats; `losses` and `validation` are in the units before.
+    `check_every` is 100 steps with rows held out and 500 without. See `Settings` for the rest and `train` for
     checkpoints.
     Warns of features with outlying values or heavy tails, and of those too far from zero for single precision.
     Raises `ValueError` or `TypeError` for data or options that do not fit, saying which and what is wanted.
@@ -132,11 +134,11 @@ def fit(
     units, gaussian = _units_and_gaussian(d, x, init, features, at_noise)
     gently = few and gaussian is not None and not isinstance(x, Stream)
     folded = gently and validation is None and num_rows >= 2 * FOLDS
-    bits = d.family.support.is_discrete
-    not_many = few if at_noise or bits else held_out_by_default(num_rows, math.prod(d.event_shape))
+    not_many = held_out_by_default(
+        num_rows, math.prod(d.event_shape), bits_or_old=d.family.support.is_discrete or at_noise
+    )
     by_default = not_many and validation is None and not folded and not isinstance(x, Stream)
-    by_default = by_default and round(_HELD_OUT * num_rows) >= 2
-    if by_default:
+    if by_default := by_default and round(_HELD_OUT * num_rows) >= 2:
         validation = _HELD_OUT
     data: np.ndarray | Stream
     if isinstance(x, Stream):
@@ -219,7 +221,7 @@ def fit(
     if chosen is not None and chosen.matched:
         return match(found, x, chosen.matched, key_draws)
     if by_default and gaussian is not None and held_out is not None:
-        return match_unless_worse(found, x, units.to_data(held_out), key_draws)
+        return match_unless_worse(found, units.to_data(data), units.to_data(held_out), key_draws)
     return found
 
 
@@ -228,9 +230,9 @@ def is_few(num_rows: int, num_features: int) -> bool:
     return num_rows < _ROWS_PER_FEATURE * num_features
 
 
-def held_out_by_default(num_rows: int, num_features: int) -> bool:
-    """Whether a fit of a Gaussian chain to so many rows holds some out by default."""
-    return is_few(num_rows, num_features) or num_rows < _MANY
+def held_out_by_default(num_rows: int, num_features: int, bits_or_old: bool) -> bool:
+    """Whether a fit to so many rows holds some out by default: of bits, and of runs of earlier versions, to few."""
+    return is_few(num_rows, num_features) or (num_rows < _MANY and not bits_or_old)
 
 
 def _units_and_gaussian(

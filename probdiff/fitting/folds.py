@@ -15,7 +15,7 @@ from probdiff.chains import Diffusion
 from probdiff.files import atomic_write, make_folder
 from probdiff.fitting.checkpoints import CONFIGURATION
 from probdiff.fitting.loop import run_steps, start_state, validate
-from probdiff.fitting.matching import Kind, kinds, no_worse, stretched
+from probdiff.fitting.matching import Along, choices, no_worse, stretched
 from probdiff.fitting.settings import Settings
 from probdiff.progress import progress
 from probdiff.sampling import one_fit, reverse_draws
@@ -33,14 +33,14 @@ class Chosen:
     """What was best for rows that were held out in turn.
 
     `steps` and `smoothing` of the fit; `pays`: whether its network is better than the Gaussian alone, by more than one
-    standard error of the paired difference; `matched`: by what units may be `stretched`; `curve`: the ELBO at each
-    check, nats per datum.
+    standard error of the paired difference; `matched`: along what units are `stretched`, if at all; `curve`: the ELBO
+    at each check, nats per datum.
     """
 
     steps: int
     smoothing: float
     pays: bool
-    matched: Kind | None
+    matched: Along | None
     curve: np.ndarray
 
 
@@ -121,9 +121,9 @@ def cross_validate(
         for c, (units, key) in enumerate(zip(folds.units, jax.random.split(key_draws, FOLDS), strict=True))
     ]
     matched = (
-        kind
-        for kind in kinds(folds.units[0])
-        if no_worse(best.K - _K_of_matched(d, best.params, folds, draws, kind, key_elbo))
+        along
+        for along in choices(folds.units[0])
+        if no_worse((best.K - _K_of_matched(d, best.params, folds, draws, along, key_elbo)).ravel())
     )
     return Chosen(best.steps, smoothing, pays, next(matched, None), np.array(curve))
 
@@ -133,7 +133,8 @@ def chosen_before(folder: str | Path | None) -> Chosen | None:
     if folder is None or not all((Path(folder) / name).exists() for name in (_FILE, CONFIGURATION)):
         return None
     held = json.loads((Path(folder) / _FILE).read_text())
-    return Chosen(**held | {"curve": np.array(held["curve"])})
+    matched = {True: "features", False: None}.get(held["matched"], held["matched"])  # which was a bool once
+    return Chosen(**held | {"curve": np.array(held["curve"]), "matched": matched})
 
 
 def keep(chosen: Chosen, folder: str | Path | None) -> Chosen:
@@ -146,12 +147,12 @@ def keep(chosen: Chosen, folder: str | Path | None) -> Chosen:
 
 
 def _K_of_matched(
-    d: Diffusion, params: Params, folds: _Folds, draws: list[np.ndarray], kind: Kind, key_elbo: Key
+    d: Diffusion, params: Params, folds: _Folds, draws: list[np.ndarray], along: Along, key_elbo: Key
 ) -> np.ndarray:
     """The ELBO of each held-out row, (C, M), where the units of each fold are `stretched`."""
     moved, log_det = [], []
     for units, fitted, held_out, drawn in zip(folds.units, folds.fitted, folds.held_out, draws, strict=True):
-        new = stretched(units, units.to_data(fitted), drawn, kind)
+        new = stretched(units, units.to_data(fitted), drawn, along)
         moved.append(new.to_chain(units.to_data(held_out)).astype(held_out.dtype))
         log_det.append(new.log_det - units.log_det)
     return validate(d, params, moved, key_elbo, 0) - np.array(log_det)[:, None]

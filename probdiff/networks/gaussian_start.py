@@ -32,7 +32,8 @@ class GaussianStart(eqx.Module):
     With r = high − low, x̂_0 is left as it is up to r/2 outside of the data and stays within r of them; where x_t/√ᾱ
     itself lies more than five standard deviations of its noise further out, x̂_0 may follow it. Variances of x_0 given
     x_t stay below r²/4, the largest of any density on the range, and where x_t/√g is far out, the network has no say in
-    them: b and c are divided by 1 + Σ_i (x_t/√g)_i⁸/16⁸. All of that is smooth, so that densities are exact.
+    them: b and c are divided by 1 + Σ_i (x_t/√g)_i⁸/16⁸, each term at most 10¹². Densities are exact, since all
+    of it is in the kernel.
     """
 
     network: eqx.Module
@@ -42,14 +43,14 @@ class GaussianStart(eqx.Module):
 
     def around(self, network: Callable[[Event, Array], Array]) -> Callable[[Event, Array], Array]:
         """The outputs as a function of x_t, of any batch shape, and the log-SNR, from those of `network`."""
-        size, axes = self.low.size, self.low.ndim
+        size, num_axes = self.low.size, self.low.ndim
         variance, low, high = jnp.exp(jnp.ravel(self.log_variance)), jnp.ravel(self.low), jnp.ravel(self.high)
 
         def outputs(x_t: Event, log_snr: Array) -> Float[Array, "*batch P"]:
             wide = jnp.asarray(log_snr)[..., None]
             alpha_bar, noise = jax.nn.sigmoid(wide), jax.nn.sigmoid(-wide)
             g = alpha_bar * variance + noise
-            x = x_t.reshape(*x_t.shape[: x_t.ndim - axes], size)
+            x = x_t.reshape(*x_t.shape[: x_t.ndim - num_axes], size)
             scaled = x / jnp.sqrt(g)
             raw = network(scaled.reshape(x_t.shape), log_snr)
             w = variance / g

@@ -57,8 +57,8 @@ def _images(data: np.ndarray, drawn: np.ndarray) -> Figure:
     side, rows, columns = math.isqrt(data.shape[1]), 5, 10
     figure = Figure(figsize=(10, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    spread = np.linspace(0, len(drawn) - 1, rows * columns).astype(int)
-    for axes, values, title in ((left, data[: rows * columns], "data"), (right, drawn[spread], "draws of x⁽⁰⁾ from p")):
+    shown = data[: rows * columns], spread(drawn, rows * columns)
+    for axes, values, title in zip((left, right), shown, ("data", "draws of x⁽⁰⁾ from p"), strict=True):
         tiles = np.full((rows * columns, side + 1, side + 1), np.nan)
         tiles[: len(values), :side, :side] = values.reshape(-1, side, side)
         axes.imshow(
@@ -106,7 +106,7 @@ def _quantiles_over_time(posterior: xr.DataArray, forward: xr.DataArray) -> Figu
     at, t = [0.05, 0.25, 0.5, 0.75, 0.95], forward["t"].to_numpy()
     p, q = (x.transpose("draw", "t", "feature").to_numpy() for x in (posterior, forward))
     order = most_different(p[:, 0], q[:, 0])
-    figure, panels = panels_of(len(order), "t", "x⁽ᵗ⁾, chain's units", len(order))
+    figure, panels = panels_of(len(order), "t", "x⁽ᵗ⁾, chain's units")
     for axes, k in zip(panels, order, strict=False):
         lowest, lower, middle, upper, highest = np.quantile(q[:, :, k], at, axis=0)
         axes.fill_between(t, lowest, highest, color=FORWARD, alpha=0.25, lw=0, label="forward q, 5 to 95 %")

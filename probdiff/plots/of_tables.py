@@ -8,10 +8,11 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from probdiff.checks import labels
-from probdiff.faithfulness import correlations_apart, rank_correlations
+from probdiff.faithfulness import correlations_apart, rank_correlations, side_by_side
 
 FORWARD, REVERSE = "tab:blue", "tab:orange"
 MOST_POINTS = 2000
@@ -19,17 +20,19 @@ _MOST_IN_CORNER, _MOST_PANELS, _MOST_NAMED = 6, 36, 30  # columns of a corner pl
 
 
 def corner(
-    draws: Float[np.ndarray, "S D"],
-    rows: Float[np.ndarray, "N D"],
+    draws: ArrayLike,
+    rows: ArrayLike,
     features: Sequence[str] | None = None,
     *,
     most: int = MOST_POINTS,
 ) -> Figure:
-    """Every pair of columns, draws beneath the rows, and the density of each column.
+    """Every pair of columns, draws (S, D) beneath the rows (N, D), and the density of each column.
 
     Of more than six columns those are shown that differ most, by the distance of their distribution functions or by
     their rank correlations. The frame is half as wide again as the rows' range; draws beyond it are counted above.
+    Raises `ValueError` as `faithfulness.side_by_side`, as do the other figures of this file.
     """
+    draws, rows, features = side_by_side(draws, rows, features)
     order = most_different(draws, rows)[:_MOST_IN_CORNER]
     names = labels(features, rows.shape[1])[order]
     x, y = rows[:, order], draws[:, order]
@@ -68,19 +71,16 @@ def corner(
     return figure
 
 
-def quantiles(
-    draws: Float[np.ndarray, "S D"], rows: Float[np.ndarray, "N D"], features: Sequence[str] | None = None
-) -> Figure:
+def quantiles(draws: ArrayLike, rows: ArrayLike, features: Sequence[str] | None = None) -> Figure:
     """For each column the sorted rows against the same quantiles of the draws, and where 99 % of each would lie.
 
     The band is that of rows and draws from one distribution, each quantile apart. Of more than 36 columns those are
     shown that differ most.
     """
+    draws, rows, names = side_by_side(draws, rows, features)
     order = most_different(draws, rows)
     order = order if len(order) > _MOST_PANELS else np.arange(len(order))
-    D = rows.shape[1]
-    names = labels(features, D)
-    figure, panels = panels_of(len(order), "quantiles of the draws, and where 99 % of such rows lie", "sorted rows", D)
+    figure, panels = panels_of(len(order), "quantiles of the draws, and where 99 % of such rows lie", "sorted rows")
     N, S = len(rows), len(draws)
     at = (np.arange(1, N + 1) - 0.5) / N
     few = 1 / (1 / N + 1 / S)  # rows that have the noise of both
@@ -95,11 +95,10 @@ def quantiles(
     return figure
 
 
-def correlations(
-    draws: Float[np.ndarray, "S D"], rows: Float[np.ndarray, "N D"], features: Sequence[str] | None = None
-) -> Figure:
+def correlations(draws: ArrayLike, rows: ArrayLike, features: Sequence[str] | None = None) -> Figure:
     """The rank correlations of the rows and of the draws, and their difference in standard errors."""
-    names = labels(features, rows.shape[1])
+    draws, rows, features = side_by_side(draws, rows, features)
+    names = labels(features, len(features))
     of_rows, of_draws = rank_correlations(rows), rank_correlations(draws)
     z = correlations_apart(of_draws, of_rows, len(draws), len(rows))
     figure = Figure(figsize=(14, 5), layout="constrained")
@@ -122,10 +121,14 @@ def correlations(
     return figure
 
 
-def principal_components(
-    draws: Float[np.ndarray, "S D"], rows: Float[np.ndarray, "N D"], *, most: int = MOST_POINTS
-) -> Figure:
-    """Rows beside draws on the two leading principal components of the standardised rows, in standard deviations."""
+def principal_components(draws: ArrayLike, rows: ArrayLike, *, most: int = MOST_POINTS) -> Figure:
+    """Rows beside draws on the two leading principal components of the standardised rows, in standard deviations.
+
+    Raises `ValueError` of fewer than two columns.
+    """
+    draws, rows, _ = side_by_side(draws, rows, None)
+    if rows.shape[1] < 2:
+        raise ValueError("rows have one column; principal components are of two or more")
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     titled = ((rows, "data", FORWARD), (draws, "draws of x⁽⁰⁾ from p", REVERSE))
@@ -151,9 +154,9 @@ def most_different(draws: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.argsort(-apart, kind="stable")
 
 
-def panels_of(count: int, xlabel: str, ylabel: str, of: int) -> tuple[Figure, list[Any]]:
+def panels_of(num_columns: int, xlabel: str, ylabel: str) -> tuple[Figure, list[Any]]:
     """A figure with a panel for each of some columns, at most a page."""
-    count = min(count, _MOST_PANELS)
+    count = min(num_columns, _MOST_PANELS)
     across = min(6, count)
     down = math.ceil(count / across)
     figure = Figure(figsize=(2.2 * across + 0.6, 2.1 * down + 0.6), layout="constrained")
@@ -165,17 +168,18 @@ def panels_of(count: int, xlabel: str, ylabel: str, of: int) -> tuple[Figure, li
         axes.axis("off")
     figure.supxlabel(xlabel)
     figure.supylabel(ylabel)
-    if count < of:
-        figure.suptitle(f"the {count} of {of} columns that differ most")
+    if count < num_columns:
+        figure.suptitle(f"the {count} of {num_columns} columns that differ most")
     return figure, panels[:count]
 
 
 def on_principal_axes(x: np.ndarray, data: np.ndarray) -> np.ndarray:
     """x on the two leading principal components of the standardised data, each in its standard deviations."""
     mean, std = data.mean(0), data.std(0)
-    std = np.where(std > 0, std, 1)  # a bit may be the same in all data
+    std = np.where(std > 0, std, 1)  # a column may be the same in all rows
     _, singular, axes = np.linalg.svd((data - mean) / std, full_matrices=False)
-    return (x - mean) / std @ axes[:2].T / singular[:2] * math.sqrt(len(data))
+    singular = np.maximum(singular[:2], 1e-9 * singular[0])  # columns may be copies of each other
+    return (x - mean) / std @ axes[:2].T / singular * math.sqrt(len(data))
 
 
 def of_columns(

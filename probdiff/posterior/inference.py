@@ -7,6 +7,7 @@ from typing import Any
 import arviz as az
 import jax
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 from numpy.typing import ArrayLike
@@ -140,13 +141,20 @@ def log_conditional(
 
     Features are counted from 0 in the flattened x, or named as in the data frame that was fitted; those in neither set
     are integrated out, and may be NaN. In the data's own units.
-    Raises `ValueError` where `of` is empty, a feature is in both or not of the data, and as `sample`.
+    Raises `ValueError` where `of` is empty, a feature is in both or not of the data, or NaN where it is wanted, and as
+    `sample`.
     """
     A, B = _features(of, "of", fit), _features(given, "given", fit)
-    flat = known_entries(fit, x)
-    others = [k for k in range(flat.shape[1]) if k not in A + B]
-    flat[:, others] = fit.loc.ravel()[others]
-    x = fit.checked(flat.reshape(-1, *fit.loc.shape))
+    try:
+        x = fit.checked(x)
+    except ValueError:  # of holes, or of what `known_entries` raises too
+        if not isinstance(fit.diffusion, GaussianDiffusion):
+            raise
+        flat = known_entries(fit, x)
+        others = [k for k in range(flat.shape[1]) if k not in A + B]
+        flat[:, others] = fit.loc.ravel()[others]
+        x = fit.checked(pd.DataFrame(flat, columns=fit.features) if fit.features else flat.reshape(-1, *fit.loc.shape))
+    flat = x.reshape(len(x), -1)
     if not A:
         raise ValueError("of has no feature; it must name at least one")
     if set(A) & set(B):

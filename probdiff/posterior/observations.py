@@ -83,10 +83,10 @@ def prepare(fit: Fit, likelihood: Likelihood, data: Any, rng_key: Key) -> tuple[
         z = to_chain(fit.diffusion, x.reshape(-1, *fit.loc.shape), fit.units._replace(axes=None)).reshape(x.shape)
         constant = np.sum(np.where(known, -np.log(units.scale), 0.5 * np.log(2 * np.pi)), 1)
         floats = [jnp.asarray(a, jnp.result_type(float)) for a in (np.where(known, z, 0.0), constant)]
-        A: Any = units.axes
-        if A is not None:  # a view, since there is one for each datum
-            A = np.broadcast_to(A.astype(floats[0].dtype), (len(x), *A.shape))
-        return GuidedMissing(floats[0], jnp.asarray(known), floats[1], A), x
+        axes: Any = units.axes
+        if axes is not None:  # a view, since there is one for each datum
+            axes = np.broadcast_to(axes.astype(floats[0].dtype), (len(x), *axes.shape))
+        return GuidedMissing(floats[0], jnp.asarray(known), floats[1], axes), x
     if isinstance(likelihood, LinearGaussian):
         arrays = _linear(likelihood, units, fit.features)
         return GuidedLinearGaussian(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays)), None

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 
 from probdiff.cli import commands
+from probdiff.datasets import Split
+from probdiff.runs import Run
 
 MADE = ["fit", "wine", "--num-chains=2", "--num-timesteps=4", "--width=8", "--depth=1", "--num-steps=300"]
 HELD = Path(__file__).parents[1] / "data" / "wine"
@@ -47,6 +49,15 @@ def test_it_is_drawn_from_and_fills_cells(probdiff, wine):
 def test_its_derivation_is_checked(probdiff, wine):
     code, out, err = probdiff("check", wine, "--num-draws", 100, "--max-data", 2)
     assert code == 0, out + err
+
+
+def test_rows_are_held_out_as_they_were(wine):
+    """Of 1,000 rows of four features a share of 0.15, which later versions choose by themselves."""
+    (wine / "run.json").unlink()
+    split = Split(np.zeros((1000, 4)), np.zeros((2, 4)), tuple("abcd"))
+    run = Run(wine, {"patience": None})
+    assert run.stopping(split) == {"validation": 0.15, "patience": 20}
+    assert Run(wine / "new", run.options).stopping(split) == {}
 
 
 def test_it_goes_on_from_its_checkpoint(probdiff, wine, monkeypatch):

@@ -133,6 +133,19 @@ def test_bounds_leave_what_is_inside_as_it_is(x64):
     assert (slope > 0).all()
 
 
+def test_far_out_the_network_has_no_say_in_the_covariance(x64):
+    """Whatever its outputs, and gradients are finite there."""
+    params = jax.tree.map(lambda leaf: 3.0 * leaf, random_params(start_of(S, "full").diffusion))
+    start = with_start(params, *map(jnp.asarray, ([-1.0, 0.0, 0.7], [-100.0] * 3, [100.0] * 3)))["network$params"]
+    at_zero = eqx.tree_at(lambda one: one.network.last, start, jax.tree.map(jnp.zeros_like, start.network.last))
+    outputs, of_start = (jax.jit(one.around(one.network)) for one in (start, at_zero))
+    near, far, farther = jnp.full(3, 0.5), jnp.full(3, 500.0), jnp.full(3, 1e12)
+    assert jnp.abs(outputs(near, 3.0) - of_start(near, 3.0))[3:].max() > 0.1
+    for x in (far, farther):
+        np.testing.assert_allclose(outputs(x, 3.0)[3:], of_start(x, 3.0)[3:], atol=1e-6)
+        assert jnp.isfinite(jax.jacfwd(outputs)(x, 3.0)).all()
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [

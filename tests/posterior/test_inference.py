@@ -37,6 +37,8 @@ def test_conditional_densities(x64):
     alone = posterior.log_conditional(named, holes, of=["b"], given=[], **options)
     with pytest.raises(ValueError, match=r"1 entries that are NaN or infinite, in row\(s\) 0 and column\(s\) a"):
         posterior.log_conditional(named, holes, of=["b"], given=["a"], **options)
+    with pytest.raises(TypeError, match="column 'a' of x has dtype int64"):
+        posterior.log_conditional(named, frame.assign(a=[1, 2]), of=["b"], given=["a"], **options)
     z = (alone.values - stats.norm(mean[1], np.sqrt(cov[1, 1])).logpdf(x[:, 1])) / alone.values_mcse
     assert np.all(np.abs(z) < stats.t(19).isf(FAILURE / 4))
 
