@@ -5,7 +5,10 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import multivariate_normal
+
+from probdiff.checks import feature_names, frame_values
 
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
@@ -16,12 +19,19 @@ _FOLDS = 5
 _LEAST_VARIANCE = 1e-4  # of a component, in units of the rows' variances
 
 
-def baselines(train: np.ndarray, test: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+def baselines(train: ArrayLike, test: ArrayLike, seed: int = 0) -> dict[str, np.ndarray]:
     """Log densities of the rows of `test` (M, D) under densities fitted to those of `train` (N, D), nats: name → (M,).
 
     The Gaussian has the covariance of Ledoit and Wolf (2004), shrunk for few rows. The number of components of the
-    mixture and the kind of their covariances are chosen by cross-validation.
+    mixture and the kind of their covariances are chosen by cross-validation. Either may be a data frame; columns of
+    `test` are taken by name then. Raises `ValueError` for rows of other columns, or that are not finite.
     """
+    names = feature_names(train, "train")
+    train, test = (np.asarray(frame_values(x, name, names), float) for x, name in ((train, "train"), (test, "test")))
+    if train.ndim != 2 or test.shape[1:] != train.shape[1:]:
+        raise ValueError(f"train has shape {train.shape} and test {test.shape}; (N, D) and (M, D) are wanted")
+    if not np.isfinite(train).all() or not np.isfinite(test).all():
+        raise ValueError("train or test has entries that are NaN or infinite")
     from sklearn.covariance import LedoitWolf
 
     loc, scale = train.mean(0), np.where(np.ptp(train, axis=0) > 0, train.std(0), 1.0)

@@ -14,23 +14,26 @@ from probdiff.checks import feature_names, frame_values, is_frame, labels
 _LEVEL = 0.01  # of all tests together
 _EACH = _LEVEL / 5  # of those of location, scale and shape of the columns, of their correlations, and the joint one
 _SHIFT, _POWER = 0.25, 0.8  # sd of one column, and the probability to notice it from which draws may be faithful
+_SHIFTS = (0.5, 0.75, 1.0, 1.5, 2.0)  # that are larger
 _FAR = 5.0  # ranges of the data beyond them, for as many rows as draws; of tails no heavier than a t of two degrees
 _JOINT = 1_000  # rows and draws of the joint test
 _PERMUTATIONS = 999
 _REPETITIONS = 200  # of the test that the power is estimated by
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Faithfulness:
     """Draws beside held-out rows.
 
-    `columns` has a row for each feature: the ratio of standard deviations, the errors of the quantiles of 5, 50 and
-    95 % in standard deviations of the data, the share of draws beyond the range of the data, and the p-values of tests
-    of location (Mann and Whitney), scale (the same of distances from the median) and shape (Kolmogorov and Smirnov).
-    `correlation_error` is the largest difference of rank correlations for its error, of `pair`, and
-    `correlation_band` what sampling noise alone stays under. `energy_p` is the p-value of the joint test by
-    permutation. `power` is the probability that a shift of one column by a quarter of its standard deviation would be
-    noticed. `outside` counts draws that lie more than `far` times the range of the data beyond it, 5·√(S/N).
+    `columns` has a row for each feature: the ratio of standard deviations, the errors of the quantiles of 5, 50 and 95
+    % in standard deviations of the data, the share of draws beyond the range of the data, and the p-values of tests of
+    location (Mann and Whitney), scale (the same of distances from the median) and shape (Kolmogorov and Smirnov).
+    `correlation_error` is the largest difference of rank correlations for its error, of `pair`, and `correlation_band`
+    what sampling noise alone stays under. `energy_p` is the p-value of the joint test by permutation. `power` is the
+    probability that a shift of one column by a quarter of its standard deviation would be noticed, and `noticed` the
+    least shift, of a few larger ones too, whose probability is 0.8. `outside` counts draws that lie more than `far`
+    times the range of the data beyond it, 5·√(S/N).
+    `verdict` is one of three sentences, `differences` what is different, most of all first.
     """
 
     columns: pd.DataFrame
@@ -39,10 +42,15 @@ class Faithfulness:
     correlation_band: float
     energy_p: float
     power: float
+    noticed: float
     outside: int
     far: float
     num_rows: int
     num_draws: int
+
+    def __repr__(self) -> str:
+        """The verdict, and the table of columns."""
+        return f"{self.verdict}\n{self.columns.to_string(index=False, float_format='{:.3f}'.format)}"
 
     @property
     def differences(self) -> list[str]:
@@ -76,7 +84,9 @@ class Faithfulness:
         if self.differences:
             return f"The draws differ from the data, in {'; '.join(self.differences)} ({counted})."
         if self.power < _POWER:
-            return f"Whether the draws are like the data cannot be told from so few rows: {noticed} ({counted})."
+            larger = f", and one of {self.noticed:g} sd with {_POWER:g} or more" if np.isfinite(self.noticed) else ""
+            few = "Whether the draws are like the data cannot be told from so few rows"
+            return f"{few}: {noticed}{larger} ({counted})."
         return f"The draws are faithful: no difference was seen, and {noticed} ({counted})."
 
 
@@ -108,6 +118,9 @@ def faithfulness(
         }
     )
     pair, error, band = _correlations(draws, rows, features)
+    power = _power(draws, len(rows), _SHIFT, rng)
+    larger = (shift for shift in _SHIFTS if _power(draws, len(rows), shift, rng) >= _POWER)
+    noticed = _SHIFT if power >= _POWER else next(larger, np.inf)
     far = _FAR * max(1.0, len(draws) / len(rows)) ** 0.5
     outside = (draws < low - far * (high - low)) | (draws > high + far * (high - low))
     return Faithfulness(
@@ -116,7 +129,8 @@ def faithfulness(
         error,
         band,
         _energy_p((draws - rows.mean(0)) / std, (rows - rows.mean(0)) / std, rng),
-        _power(draws, len(rows), rng),
+        power,
+        noticed,
         int(outside.any(1).sum()),
         far,
         len(rows),
@@ -199,12 +213,12 @@ def _energy_p(draws: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> 
     return float(np.mean(energy >= energy[0]))
 
 
-def _power(draws: np.ndarray, num_rows: int, rng: np.random.Generator) -> float:
-    """How often the test of location notices that a column of other draws, any of them, is shifted."""
+def _power(draws: np.ndarray, num_rows: int, shift: float, rng: np.random.Generator) -> float:
+    """How often the test of location notices that a column of other draws, any of them, is shifted by so many sd."""
     D, half = draws.shape[1], len(draws) // 2
     noticed = 0
     for _ in range(_REPETITIONS):
         column = draws[rng.permutation(len(draws)), rng.integers(D)]
-        shifted = rng.choice(column[:half], num_rows) + _SHIFT * column.std()
+        shifted = rng.choice(column[:half], num_rows) + shift * column.std()
         noticed += stats.mannwhitneyu(column[half:], shifted).pvalue < _EACH / D
     return noticed / _REPETITIONS

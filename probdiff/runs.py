@@ -62,6 +62,8 @@ class Run:
             )
         held = Run.open(self.folder).options
         for name, value in self.options.items():
+            if name == "learning_rate" and value is None and starts_at_noise(self.folder / "checkpoints"):
+                continue  # earlier versions gave their only default
             if held.get(name) != value and not (name == "num_steps" and held[name] < value):
                 option = "DATA" if name == "data" else "--" + name.replace("_", "-")
                 more = ", and only more steps are gone on with" if name == "num_steps" else ""
@@ -174,8 +176,12 @@ class Run:
 def load(path: str | Path) -> Fit:
     """The fit in a run folder such as "runs/swiss-roll", with its diffusion and the names of its features.
 
-    Raises `ValueError` where the folder holds no finished run, or a damaged one.
+    Raises `ValueError` where the folder holds no finished run, or a damaged one, and for a file.
     """
+    if Path(path).is_file():
+        raise ValueError(
+            f"{path} is a file, and no run folder; what fit.save wrote is read by Fit.load(path, diffusion)"
+        )
     return Run.open(Path(path)).kept()[0]
 
 

@@ -1,6 +1,8 @@
 """The simple densities that a fit is seen beside."""
 
 import numpy as np
+import pandas as pd
+import pytest
 from scipy import stats
 
 from probdiff.baselines import baselines
@@ -27,3 +29,13 @@ def test_of_a_mixture_the_mixture_is_found():
     lost = exact - mixture
     assert abs(lost.mean()) < 4 * lost.std() / len(lost) ** 0.5 + 0.02
     assert (exact - gaussian).mean() > 0.5
+
+
+def test_frames_are_taken_by_name():
+    x = np.random.default_rng(0).normal(size=(60, 2)) * [1.0, 5.0]
+    frame = pd.DataFrame(x, columns=["a", "b"])
+    of_arrays, of_frames = baselines(x[:40], x[40:]), baselines(frame[:40], frame[40:][["b", "a"]])
+    for name, values in of_arrays.items():
+        np.testing.assert_array_equal(of_frames[name], values)
+    with pytest.raises(ValueError, match=r"train has shape \(40, 2\) and test \(20, 1\)"):
+        baselines(x[:40], x[40:, :1])

@@ -71,6 +71,9 @@ def test_of_few_rows_it_cannot_be_told():
     alike = faithfulness(rows_of(0, 5000), rows_of(1, 40), NAMES)
     assert alike.verdict.startswith("Whether the draws are like the data cannot be told from so few rows: a shift of")
     assert alike.power < 0.5
+    assert alike.noticed in (0.75, 1.0, 1.5)
+    assert f", and one of {alike.noticed:g} sd with 0.8 or more" in alike.verdict
+    assert repr(alike).splitlines()[0] == alike.verdict
 
 
 def test_columns_that_are_constant_and_frames_are_taken():

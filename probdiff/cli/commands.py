@@ -34,6 +34,7 @@ _PATIENCE = (
     "checks without progress on held-out rows before stopping; 0: never [default: 20 for real data, 0 else; of few "
     "rows each fifth is held out in turn]"
 )
+_LEARNING_RATE = "of Adam, at the start [default: 0.002, of few rows 0.001]"
 _COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features with 100 rows for each, diagonal else]"
 _SCHEDULE = f"{', '.join(SCHEDULES)} [default: learned-betas, of bits harmonic]"
 _GIVEN = "file of rows that are known in part, in empty cells or whole columns: -n draws for each, with its number"
@@ -61,7 +62,7 @@ def fit(
     depth: Annotated[int, typer.Option(help="blocks of the network")] = 3,
     num_steps: Annotated[int, typer.Option(help="steps of SVI")] = 20_000,
     batch_size: Annotated[int | None, typer.Option(help="data to a step [default: 512, or all if fewer]")] = None,
-    learning_rate: Annotated[float, typer.Option(help="of Adam, at the start")] = 2e-3,
+    learning_rate: Annotated[float | None, typer.Option(help=_LEARNING_RATE)] = None,
     patience: Annotated[int | None, typer.Option(help=_PATIENCE)] = None,
     num_chains: Annotated[int, typer.Option(help="independent fits")] = 2,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,

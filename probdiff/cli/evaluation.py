@@ -102,6 +102,8 @@ def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | N
         print(f"\nDraws of chain {c} beside the held-out rows, errors of quantiles in standard deviations of the data")
         shown = alike.columns.drop(columns=["location p", "scale p", "shape p"])
         print(shown.to_string(index=False, float_format="{:.3f}".format))
+        for name, what in _COLUMNS_OF_DRAWS.items():
+            print(f"  {name}: {what}")
         print(f"\n{alike.verdict}")
     print(f"\n{compared.verdict}")
     fit_time = f"{fitting:.0f} s to fit, " if fitting else ""
@@ -117,6 +119,13 @@ _COLUMNS = {
     "k-hat ok": "share of data whose importance weights are fit to be used",
     "worst R-hat": "between the fits, over times and features; near 1 where they agree",
     "energy p (smallest)": "over times, of a test that forward and reverse marginals are the same",
+}
+
+
+_COLUMNS_OF_DRAWS = {
+    "sd ratio": "standard deviation of the draws over that of the held-out rows",
+    "5 %, 50 %, 95 %": "the quantile of the draws less that of the rows",
+    "beyond": "share of draws beyond the least and the largest held-out row",
 }
 
 

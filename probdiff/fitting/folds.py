@@ -92,7 +92,11 @@ def cross_validate(
     state, first = start_state(d, settings, jax.random.split(key_init, FOLDS), None, folds.gaussian)
     x, batch_keys = jnp.asarray(folds.fitted), jax.random.split(key_batch, FOLDS)
     bar = progress(
-        total=len(smoothings) * settings.num_steps, show=progress_bar, unit="step", desc="cross-validation", leave=False
+        total=len(smoothings) * settings.num_steps,
+        show=progress_bar,
+        unit="step",
+        desc="cross-validation, at most",
+        leave=False,
     )
     found = []
     for smoothing in smoothings:

@@ -32,7 +32,7 @@ class GaussianStart(eqx.Module):
     With r = high − low, x̂_0 is left as it is up to r/2 outside of the data and stays within r of them; where x_t/√ᾱ
     itself lies more than five standard deviations of its noise further out, x̂_0 may follow it. Variances of x_0 given
     x_t stay below r²/4, the largest of any density on the range, and where x_t/√g is far out, the network has no say in
-    them: b and c are divided by 1 + Σ_i (x_t/√g)_i⁸/16⁸, each term at most 10¹². Densities are exact, since all
+    them: b and c are divided by 1 + Σ_i (x_t/√g)_i⁸/16⁸, each term at most 10²⁸. Densities are exact, since all
     of it is in the kernel.
     """
 
@@ -59,7 +59,7 @@ class GaussianStart(eqx.Module):
             if raw.shape[-1] == size:
                 return a
             log_most = 2 * jnp.log(_reach(low, high) / 2) - jax.nn.log_sigmoid(-wide)
-            near = 1 / (1 + jnp.sum(jnp.minimum((scaled / _FAR) ** 2, 1e3) ** 4, -1, keepdims=True))
+            near = 1 / (1 + jnp.sum(jnp.minimum((scaled / _FAR) ** 2, 1e7) ** 4, -1, keepdims=True))
             start = 8 * jnp.arctanh(jnp.clip(jnp.log(w), -0.95 * _LOG, 0.95 * _LOG) / _LOG)
             log_variance = _LOG * jnp.tanh((near * raw[..., size : 2 * size] + start) / 8)
             log_variance -= jax.nn.softplus(_SHARP * (log_variance - log_most)) / _SHARP

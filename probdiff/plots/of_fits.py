@@ -110,7 +110,7 @@ def _quantiles_over_time(posterior: xr.DataArray, forward: xr.DataArray) -> Figu
     for axes, k in zip(panels, order, strict=False):
         lowest, lower, middle, upper, highest = np.quantile(q[:, :, k], at, axis=0)
         axes.fill_between(t, lowest, highest, color=FORWARD, alpha=0.25, lw=0, label="forward q, 5 to 95 %")
-        axes.fill_between(t, lower, upper, color=FORWARD, alpha=0.35, lw=0, label="25 to 75 %")
+        axes.fill_between(t, lower, upper, color=FORWARD, alpha=0.35, lw=0, label="25 to 75 %, and the median")
         axes.plot(t, middle, color=FORWARD, lw=1)
         lines = axes.plot(t, np.quantile(p[:, :, k], at, axis=0).T, color=REVERSE, lw=1)
         lines[0].set_label("reverse p, the same quantiles")

@@ -51,7 +51,7 @@ def corner(
                 axes.axis("off")
                 continue
             if i == j:
-                bins = np.linspace(low[i], high[i], 31).tolist()
+                bins = np.linspace(low[i], high[i], 1 + min(30, max(8, round(2 * len(x) ** 0.5)))).tolist()
                 axes.hist(y[:, i], bins=bins, density=True, color=REVERSE, alpha=0.5, label="draws of x⁽⁰⁾ from p")
                 axes.hist(x[:, i], bins=bins, density=True, histtype="step", color=FORWARD, label="data")
                 axes.set_yticks([])
@@ -80,7 +80,11 @@ def quantiles(draws: ArrayLike, rows: ArrayLike, features: Sequence[str] | None 
     draws, rows, names = side_by_side(draws, rows, features)
     order = most_different(draws, rows)
     order = order if len(order) > _MOST_PANELS else np.arange(len(order))
-    figure, panels = panels_of(len(order), "quantiles of the draws, and where 99 % of such rows lie", "sorted rows")
+    figure, panels = panels_of(
+        len(order),
+        "quantiles of the draws, with 99 % bands for each quantile by itself",
+        "sorted rows",
+    )
     N, S = len(rows), len(draws)
     at = (np.arange(1, N + 1) - 0.5) / N
     few = 1 / (1 / N + 1 / S)  # rows that have the noise of both
@@ -106,7 +110,7 @@ def correlations(draws: ArrayLike, rows: ArrayLike, features: Sequence[str] | No
     for axes, matrix, title, span in zip(
         figure.subplots(1, 3),
         (of_rows, of_draws, z),
-        ("rows", "draws", "their difference, standard errors"),
+        ("rows", "draws", "draws less rows, standard errors"),
         (1.0, 1.0, most),
         strict=True,
     ):
