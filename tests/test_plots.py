@@ -135,7 +135,7 @@ def test_draws_beyond_the_frame_are_counted():
 def test_sorted_rows_lie_in_the_band_of_quantiles_where_draws_are_right():
     rng = np.random.default_rng(0)
     inside = []
-    for _ in range(6):
+    for _ in range(2):
         axes = plots.quantiles(rng.normal(size=(5000, 36)), rng.normal(size=(100, 36))).axes
         for panel in axes:
             band, points = panel.collections

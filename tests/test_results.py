@@ -124,7 +124,7 @@ def fits_of_both_precisions():
 
 
 @pytest.mark.parametrize("used", [False, True])
-@pytest.mark.parametrize("method", slow_unless(METHODS, ["smc"]))
+@pytest.mark.parametrize("method", slow_unless(METHODS, ["iwae"]))
 def test_a_fit_is_used_in_another_precision(method, used):
     """One made in single precision, in double precision, and the other way round."""
     x = np.random.default_rng(0).normal(size=(4, 2))
@@ -345,6 +345,7 @@ def test_columns_of_another_frame_are_refused(single, x, change, error, words):
         single.log_likelihood(change(pd.DataFrame(x[:40], columns=NAMES)), rng_key=KEY)
 
 
+@pytest.mark.slow
 def test_features_that_were_dequantised_come_out_as_integers(tmp_path):
     """Wherever values come out; a path, which a bound is taken of, stays as the chain has it."""
     d = light_diffusion()

@@ -246,6 +246,7 @@ def assert_frequencies(x, p):
     assert stats.chisquare(np.bincount(number(x), minlength=8), len(x) * p / p.sum()).pvalue > 1e-4
 
 
+@pytest.mark.slow
 def test_a_fit_learns_the_distribution_and_is_saved(tmp_path):
     rng = np.random.default_rng(0)
     q = rng.dirichlet(np.ones(8))
