@@ -1,5 +1,6 @@
 """The chain's own units, and those of the data."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -116,11 +117,15 @@ def warn_of_outliers(x: np.ndarray, features: Sequence[str] | None = None) -> tu
 def principal_axes(z: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
     """The axes R (D, D) on which z (N, *event_shape) is uncorrelated, and its variances there.
 
-    Both are of the covariance that Ledoit and Wolf shrink, of z that are cut at 8, lest a few values far out make a
-    Gaussian that is none of the others'. Of one feature, of more than 128 and of arrays that are no vectors there is no
-    R, and the variances are those of the features.
+    Both are of the covariance that Ledoit and Wolf shrink, of z that are cut at 8, or where units are robust at 8
+    standard deviations of the bulk, lest a few values far out make a Gaussian that is none of the others'. Of one
+    feature, of more than 128 and of arrays that are no vectors there is no R, and the variances are those of the
+    features.
     """
-    z = np.clip(z, -_FARTHEST, _FARTHEST)
+    low, high = np.quantile(z, [0.05, 0.95], axis=0)
+    robust = z.std(0) > 0.75 * math.sqrt(ROBUST)  # it is 1, or more than √ROBUST in units that are robust
+    farthest = _FARTHEST * np.where(robust & (high > low), (high - low) / (2 * 1.645), 1.0)
+    z = np.clip(z, -farthest, farthest)
     if z.ndim != 2 or not 1 < z.shape[1] <= _MOST_ROTATED:
         return None, np.maximum(z.var(0), _LEAST_VARIANCE)
     from sklearn.covariance import LedoitWolf

@@ -16,7 +16,7 @@ _MARGIN = 0.5  # of the range of the data, beyond which x̂_0 is bent, to end at
 _NOISE = 5.0  # standard deviations of x_t given x_0, by which x_0 may lie nearer than x_t/√ᾱ_t
 _SHARP = 8  # how suddenly a variance stops to grow
 _TINY = 1e-30
-_FAR = 16.0  # standard deviations of x_t, from where on its covariance is that of the start
+_FAR = 16.0  # standard deviations of x_t, from where on no covariance is below that of the start
 _LEAST_RANGE = 1e-3  # in the chain's units
 _LOG = 16.0  # the kernel's bound of log Var(x_0 given x_t)/(1−ᾱ_t), in modulus
 
@@ -31,9 +31,9 @@ class GaussianStart(eqx.Module):
 
     With r = high − low, x̂_0 is left as it is up to r/2 outside of the data and stays within r of them; where x_t/√ᾱ
     itself lies more than five standard deviations of its noise further out, x̂_0 may follow it. Variances of x_0 given
-    x_t stay below r²/4, the largest of any density on the range, and where x_t/√g is far out, the network has no say in
-    them: b and c are divided by 1 + Σ_i (x_t/√g)_i⁸/16⁸, each term at most 10²⁸. Densities are exact, since all
-    of it is in the kernel.
+    x_t stay below r²/4, the largest of any density on the range, and where x_t/√g is far out, the network cannot make
+    them small: c, and b where it is negative, are divided by 1 + Σ_i (x_t/√g)_i⁸/16⁸, each term at most 10²⁸. Densities
+    are exact, since all of it is in the kernel.
     """
 
     network: eqx.Module
@@ -61,7 +61,8 @@ class GaussianStart(eqx.Module):
             log_most = 2 * jnp.log(_reach(low, high) / 2) - jax.nn.log_sigmoid(-wide)
             near = 1 / (1 + jnp.sum(jnp.minimum((scaled / _FAR) ** 2, 1e7) ** 4, -1, keepdims=True))
             start = 8 * jnp.arctanh(jnp.clip(jnp.log(w), -0.95 * _LOG, 0.95 * _LOG) / _LOG)
-            log_variance = _LOG * jnp.tanh((near * raw[..., size : 2 * size] + start) / 8)
+            b = jax.nn.relu(raw[..., size : 2 * size]) - near * jax.nn.relu(-raw[..., size : 2 * size])
+            log_variance = _LOG * jnp.tanh((b + start) / 8)
             log_variance -= jax.nn.softplus(_SHARP * (log_variance - log_most)) / _SHARP
             b = 8 * jnp.arctanh(jnp.clip(log_variance / _LOG, -0.9999, 0.9999))
             if raw.shape[-1] == 2 * size:

@@ -133,7 +133,7 @@ def test_bounds_leave_what_is_inside_as_it_is(x64):
     assert (slope > 0).all()
 
 
-def test_far_out_the_network_has_no_say_in_the_covariance(x64):
+def test_far_out_the_network_makes_no_covariance_small(x64):
     """Whatever its outputs, and gradients are finite there."""
     params = jax.tree.map(lambda leaf: 3.0 * leaf, random_params(start_of(S, "full").diffusion))
     start = with_start(params, *map(jnp.asarray, ([-1.0, 0.0, 0.7], [-100.0] * 3, [100.0] * 3)))["network$params"]
@@ -142,7 +142,9 @@ def test_far_out_the_network_has_no_say_in_the_covariance(x64):
     near, far, farther = jnp.full(3, 0.5), jnp.full(3, 500.0), jnp.full(3, 1e12)
     assert jnp.abs(outputs(near, 3.0) - of_start(near, 3.0))[3:].max() > 0.1
     for x in (far, farther):
-        np.testing.assert_allclose(outputs(x, 3.0)[3:], of_start(x, 3.0)[3:], atol=1e-6)
+        found, least = outputs(x, 3.0), of_start(x, 3.0)
+        assert (found[3:6] >= least[3:6] - 1e-6).all()
+        np.testing.assert_allclose(found[6:], least[6:], atol=1e-6)
         assert jnp.isfinite(jax.jacfwd(outputs)(x, 3.0)).all()
 
 
