@@ -61,7 +61,8 @@ class GaussianStart(eqx.Module):
             log_most = 2 * jnp.log(_reach(low, high) / 2) - jax.nn.log_sigmoid(-wide)
             near = 1 / (1 + jnp.sum(jnp.minimum((scaled / _FAR) ** 2, 1e7) ** 4, -1, keepdims=True))
             start = 8 * jnp.arctanh(jnp.clip(jnp.log(w), -0.95 * _LOG, 0.95 * _LOG) / _LOG)
-            b = jax.nn.relu(raw[..., size : 2 * size]) - near * jax.nn.relu(-raw[..., size : 2 * size])
+            b = raw[..., size : 2 * size]
+            b = near * b + (1 - near) * jax.nn.relu(b)  # whose slope at zero is that of b: all outputs start there
             log_variance = _LOG * jnp.tanh((b + start) / 8)
             log_variance -= jax.nn.softplus(_SHARP * (log_variance - log_most)) / _SHARP
             b = 8 * jnp.arctanh(jnp.clip(log_variance / _LOG, -0.9999, 0.9999))

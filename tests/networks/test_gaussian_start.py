@@ -141,6 +141,8 @@ def test_far_out_the_network_makes_no_covariance_small(x64):
     outputs, of_start = (jax.jit(one.around(one.network)) for one in (start, at_zero))
     near, far, farther = jnp.full(3, 0.5), jnp.full(3, 500.0), jnp.full(3, 1e12)
     assert jnp.abs(outputs(near, 3.0) - of_start(near, 3.0))[3:].max() > 0.1
+    slope = jax.jacfwd(lambda bias: at_zero.around(lambda x, log_snr: bias)(near, 3.0))(jnp.zeros(9))
+    assert (jnp.abs(jnp.diag(slope)) > 0.1).all()  # or nothing would be learned
     for x in (far, farther):
         found, least = outputs(x, 3.0), of_start(x, 3.0)
         assert (found[3:6] >= least[3:6] - 1e-6).all()
