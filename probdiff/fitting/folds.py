@@ -68,8 +68,8 @@ class _Folds:
         size, units, fitted, held_out, gaussians = len(z) // FOLDS, [], [], [], []
         for c in range(FOLDS):
             test, train = z[c * size : (c + 1) * size], np.concatenate([z[: c * size], z[(c + 1) * size :]])
-            rotation, variance = principal_axes(train)
-            units.append(Units(np.zeros(z.shape[1:]), np.ones(z.shape[1:]), rotation))
+            axes, variance = principal_axes(train)
+            units.append(Units(np.zeros(z.shape[1:]), np.ones(z.shape[1:]), axes))
             fitted.append(units[c].to_chain(train).astype(z.dtype))
             held_out.append(units[c].to_chain(test).astype(z.dtype))
             gaussians.append((np.log(variance), fitted[c].min(0), fitted[c].max(0)))
