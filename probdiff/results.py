@@ -329,7 +329,7 @@ class Fit:
         of_fit = arrays["losses"], arrays["validation"], units.loc, units.scale, features, whole, units.axes
         fit = cls(d, params, *of_fit, arrays.get("steps"))
         beta = np.asarray(fit.noise_levels.beta)
-        if beta.shape != arrays["beta"].shape or not np.allclose(beta, arrays["beta"], rtol=1e-5, atol=0):
+        if beta.shape != arrays["beta"].shape or not np.allclose(beta, arrays["beta"], rtol=1e-5, atol=1e-9):
             raise ValueError(f"{path} holds the fit of another diffusion: its β_t are not those of this schedule")
         return fit
 

@@ -21,6 +21,7 @@ from probdiff.types import Time
 _LARGEST_BETA = 0.999  # of the schedules that rise to 1
 # of a learned schedule: where β_t is near 1 the step keeps no signal and the ELBO is flat, so that β_t would stay there
 _LARGEST_INITIAL_BETA = 0.5
+_LEAST_NOISE = 1e-10  # of a learned schedule's first step: with less, float32 has no digits for x_1 − x_0
 
 
 class Schedule(Protocol):
@@ -192,10 +193,10 @@ def harmonic(num_timesteps: int) -> _Harmonic:
 
 @dataclass(frozen=True, eq=False)
 class LearnedBetas:
-    """One free parameter per step: the NumPyro param "beta" of shape (T,), constrained to (0, 1), N4.
+    """One free parameter per step: the NumPyro param "beta" of shape (T,), constrained to (10⁻¹⁰, 1), N4.
 
     `initial` is a schedule, such as `cosine(num_timesteps)`, or T values in (0, 1), by default `log_snr_linear`.
-    A schedule's β_t above 0.5 start there; T values start where they are.
+    A schedule's β_t above 0.5 start there; T values start where they are, or at 2·10⁻¹⁰.
     Raises `ValueError` where T < 1 or `initial` does not fit.
     """
 
@@ -206,7 +207,7 @@ class LearnedBetas:
         check_count(self.num_timesteps, "num_timesteps", 1)
         initial = log_snr_linear(self.num_timesteps) if self.initial is None else self.initial
         beta = np.minimum(initial.beta, _LARGEST_INITIAL_BETA) if hasattr(initial, "beta") else initial
-        beta = _checked_beta(beta)
+        beta = np.maximum(_checked_beta(beta), 2 * _LEAST_NOISE)
         if len(beta) != self.num_timesteps:
             raise ValueError(f"initial has {len(beta)} values; num_timesteps is {self.num_timesteps}")
         object.__setattr__(self, "initial", beta)
@@ -214,7 +215,7 @@ class LearnedBetas:
     def __call__(self) -> NoiseLevels:
         # with its dtype: JAX knows a constant by identity, in the precision of the program that had it first
         initial = jnp.asarray(self.initial, jnp.result_type(float))
-        return from_beta(numpyro.param("beta", initial, constraint=constraints.unit_interval))
+        return from_beta(numpyro.param("beta", initial, constraint=constraints.interval(_LEAST_NOISE, 1.0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +227,8 @@ class LearnedSNR:
     β_t = (1 − ᾱ_t)·(1 − exp(γ(t/T) − γ((t−1)/T))) (Kingma et al. 2021, appendix A), β_1 = 1 − ᾱ_1.
 
     NumPyro params: "log_snr_start" γ_0, "log_snr_span" s > 0, "log_snr_shares" (num_knots,) on the simplex.
-    The initial γ is linear from 8 to −2. Raises `ValueError` where T < 1 or num_knots < 2.
+    The initial γ is linear from 8 to −2; as γ_0 rises beyond 22, γ is bent to begin below 23.03 (1 − ᾱ of 10⁻¹⁰).
+    Raises `ValueError` where T < 1 or num_knots < 2.
     """
 
     num_timesteps: int
@@ -238,6 +240,7 @@ class LearnedSNR:
 
     def __call__(self) -> NoiseLevels:
         start = numpyro.param("log_snr_start", jnp.asarray(8.0))
+        start -= jax.nn.softplus(8 * (start + np.log(_LEAST_NOISE))) / 8
         span = numpyro.param("log_snr_span", jnp.asarray(10.0), constraint=constraints.positive)
         uniform = jnp.full(self.num_knots, 1 / self.num_knots)
         shares = numpyro.param("log_snr_shares", uniform, constraint=constraints.simplex)
@@ -249,4 +252,6 @@ class LearnedSNR:
         log_snr = start - span * (jnp.asarray(covered[1:]) @ shares)
         beta = jax.nn.sigmoid(-log_snr) * jnp.where(jnp.arange(self.num_timesteps) == 0, 1.0, -jnp.expm1(-drop))
         log_alpha_bar = jnp.concatenate([jnp.zeros(1), jax.nn.log_sigmoid(log_snr)])
-        return NoiseLevels(beta, jnp.log1p(-beta), log_alpha_bar)
+        # each where it has its digits and a gradient: β_t may round to 1
+        log_alpha = jnp.where(beta < 0.5, jnp.log1p(-jnp.minimum(beta, 0.5)), jnp.diff(log_alpha_bar))
+        return NoiseLevels(beta, log_alpha, log_alpha_bar)

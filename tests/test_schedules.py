@@ -1,7 +1,9 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpyro import handlers
+from numpyro.distributions import biject_to
 
 from probdiff import schedules
 
@@ -125,3 +127,26 @@ def test_learned_betas_are_a_constrained_param():
 def test_gradient_at_a_step_of_no_posterior_noise_is_finite():
     gradient = jax.grad(lambda beta: sum(schedules.from_beta(beta).posterior(np.arange(1, 4))[2]))(np.full(3, 0.1))
     assert np.all(np.isfinite(gradient))
+
+
+def test_a_learned_chain_keeps_the_digits_of_float32_and_its_gradient_however_far_its_params_go():
+    def sums(params, schedule):
+        noise = handlers.substitute(schedule, data=params)()
+        t = np.arange(1, 5)
+        return sum(jnp.sum(part) for part in (*noise.step(t), *noise.marginal(t), *noise.posterior(t), noise.log_snr))
+
+    for start, span in [(40.0, 3.0), (8.0, 90.0)]:
+        schedule = schedules.LearnedSNR(4)
+        params = {"log_snr_start": start, "log_snr_span": span, "log_snr_shares": np.full(16, 1 / 16)}
+        noise = handlers.substitute(schedule, data=params)()
+        assert noise.beta[0] >= 0.9e-10
+        assert np.all(np.isfinite(noise.log_alpha))
+        total, gradient = jax.value_and_grad(sums)(jax.tree.map(jnp.float32, params), schedule)
+        assert np.isfinite(total)
+        assert all(np.all(np.isfinite(leaf)) for leaf in gradient.values())
+
+    schedule = schedules.LearnedBetas(4, [1e-30, 0.1, 0.2, 0.3])
+    site = handlers.trace(schedule).get_trace()["beta"]
+    far = biject_to(site["kwargs"]["constraint"])(jnp.asarray([-80.0, -80.0, 80.0, 0.0]))
+    assert np.all((far >= 0.99e-10) & (far < 1))
+    assert np.all(np.isfinite(jax.grad(sums)({"beta": far}, schedule)["beta"]))
