@@ -18,7 +18,6 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 from numpyro import handlers
-from numpyro.contrib.control_flow import scan
 
 from probdiff.at_time import draw_times, score_term
 from probdiff.checks import check_support
@@ -32,6 +31,7 @@ from probdiff.networks.gaussian_start import GaussianStart, of_network
 from probdiff.networks.residual_mlp import Recipe
 from probdiff.noncentred import ancestral
 from probdiff.schedules import NoiseLevels, Schedule
+from probdiff.stacked import scan_site, where
 from probdiff.types import Event, Key, Params, Time
 
 
@@ -90,7 +90,7 @@ class Diffusion(ByValue):
         noise = self.schedule()
         plate, x_0 = self._data(x_0, subsample_size)
         if stacked:
-            _scan(plate, lambda x_prev, t: compiled.step(q, x_prev, noise, t), x_0, range(1, T + 1))
+            scan_site(plate, lambda x_prev, t: compiled.step(q, x_prev, noise, t), x_0, range(1, T + 1))
             return
         with plate:
             x_t = x_0
@@ -107,9 +107,9 @@ class Diffusion(ByValue):
         if stacked:
 
             def step(x_next: Event, t: Time) -> dist.Distribution:
-                return _where(t == T, marginal, compiled.posterior(q, x_next, x_0, noise, jnp.minimum(t + 1, T)))
+                return where(t == T, marginal, compiled.posterior(q, x_next, x_0, noise, jnp.minimum(t + 1, T)))
 
-            _scan(plate, step, jnp.zeros_like(x_0), range(T, 0, -1))
+            scan_site(plate, step, jnp.zeros_like(x_0), range(T, 0, -1))
             return
         with plate:
             x_t = numpyro.sample(f"x_{T}", marginal)
@@ -137,9 +137,9 @@ class Diffusion(ByValue):
 
             def step(x_next: Event, t: Time) -> dist.Distribution:
                 below = kernel(x_next, jnp.minimum(t + 1, T))
-                return _where(t == T, in_form_of(terminal, below), below)
+                return where(t == T, in_form_of(terminal, below), below)
 
-            x_1 = _scan(plate, step, jnp.zeros(terminal.shape(), state_dtype(p)), range(T, 0, -1))
+            x_1 = scan_site(plate, step, jnp.zeros(terminal.shape(), state_dtype(p)), range(T, 0, -1))
             with plate:
                 return numpyro.sample("x_0", kernel(x_1, 1), obs=x_0)
         with plate:
@@ -248,8 +248,6 @@ class Diffusion(ByValue):
 
     def _network(self, params: eqx.Module, dropout_key: Key | None = None) -> Callable[[Event, Array], Array]:
         """The network over any batch shape, with units left out of each datum's own where there is a key."""
-        if isinstance(params, GaussianStart):
-            return params.around(self._network(params.network, dropout_key))
         _, static = eqx.filter_eval_shape(self._build, jax.random.key(0))
         network: Any = eqx.combine(params, static)
         axes = len(self._network_input.shape)
@@ -298,14 +296,35 @@ class Diffusion(ByValue):
 class GaussianDiffusion(Diffusion):
     """A Gaussian diffusion: q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t·I), N3; the programs are `Diffusion`'s.
 
-    `covariance` of the reverse kernel: "fixed", "diagonal" or "full" (a Cholesky factor). Data are floating-point.
+    `covariance` of the reverse kernel: "fixed", "diagonal" or "full" (a Cholesky factor). With several `components` it
+    is a mixture of so many Gaussians, of whose terms in N17 those at t ≥ 2 have no closed form: `Trace_ELBO` takes the
+    draw of the site, and `TraceMeanField_ELBO`, the form at one time and `fit` take `families.mixtures.kl_to_mixture`.
+    Data are floating-point.
     """
 
     covariance: Covariance = "diagonal"
+    components: int = 1
 
     @property
     def family(self) -> Gaussian:
-        return Gaussian(self.event_shape, self.covariance)
+        return Gaussian(self.event_shape, self.covariance, self.components)
+
+    def kernels(self, dropout: bool = False) -> tuple[NoiseLevels, Callable[[Event, Time], dist.Distribution]]:
+        """As those of any diffusion; a mixture has a key for its KL divergence where the program is seeded."""
+        noise, kernel = super().kernels(dropout)
+        key = numpyro.prng_key() if self.components > 1 else None
+        if key is None:
+            return noise, kernel
+        return noise, lambda x_t, t: kernel(x_t, t).with_key(key if jnp.ndim(t) else jax.random.fold_in(key, t))
+
+    def _network(self, params: eqx.Module, dropout_key: Key | None = None) -> Callable[[Event, Array], Array]:
+        if isinstance(params, GaussianStart):
+            return params.around(self._network(params.network, dropout_key), self.components)
+        network = super()._network(params, dropout_key)
+        if self.components == 1:
+            return network
+        offsets = jnp.asarray(self.family.offsets, jnp.result_type(float))
+        return lambda x_t, log_snr: network(x_t, log_snr) + offsets
 
     def predictions(self) -> tuple[NoiseLevels, Callable[[Event, Time], tuple[dist.Distribution, Any]]]:
         """As `kernels`; the function gives p(x_{t−1} given x_t), and what the network says of x_0: `Gaussian.clean`."""
@@ -369,30 +388,3 @@ def _is_dropout(node: Any) -> bool:
 
 def _has_dropout(network: Any) -> bool:
     return any(_is_dropout(node) and node.p > 0 for node in jax.tree.leaves(network, is_leaf=_is_dropout))
-
-
-def _where(condition: bool | Array, a: dist.Distribution, b: dist.Distribution) -> dist.Distribution:
-    return jax.tree.map(partial(jnp.where, condition), a, b)
-
-
-def _scan(
-    plate: AbstractContextManager,
-    step: Callable[[Event, Time], dist.Distribution],
-    initial: Event,
-    times: range,
-) -> Event:
-    """Draws the site "x" from `step(x, t)` for t in `times`, and returns the last x."""
-    ascending = times.step > 0 and len(times) > 1
-
-    def body(x: Event, t: Time) -> tuple[Event, None]:
-        with plate, handlers.trace() as trace:
-            x = numpyro.sample("x", step(x, t), infer={"ascending": ascending})
-        # NumPyro pairs the draws of a scan by position; replay brings the guide's `infer` along
-        if trace["x"]["infer"]["ascending"] != ascending:
-            raise ValueError(
-                "a stacked guide must run in the order of the stacked model, x_T to x_1: "
-                "use forward_posterior with stacked=True as the guide"
-            )
-        return x, None
-
-    return scan(body, initial, jnp.asarray(times))[0]

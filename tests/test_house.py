@@ -14,7 +14,7 @@ FLOORS = [
     ["datasets", "baselines", "faithfulness"],
     ["schedules", "networks"],
     ["families"],
-    ["at_time", "noncentred"],
+    ["at_time", "noncentred", "stacked"],
     ["chains"],
     ["sampling", "reference", "units"],
     ["likelihood"],

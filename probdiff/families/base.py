@@ -20,6 +20,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 
 from probdiff.checks import described
+from probdiff.families.mixtures import MixtureKernel
 from probdiff.schedules import NoiseLevels
 from probdiff.types import Event, Time
 
@@ -80,7 +81,8 @@ def in_form_of(p: dist.Distribution, kernel: dist.Distribution) -> dist.Distribu
         for leaf, like in zip(jax.tree.leaves(p), components, strict=True)
     ]
     mixing = jax.tree.map(jnp.zeros_like, kernel.mixing_distribution)
-    return dist.MixtureSameFamily(mixing, jax.tree.unflatten(structure, same))
+    parts = jax.tree.unflatten(structure, same)
+    return kernel.like(mixing, parts) if isinstance(kernel, MixtureKernel) else dist.MixtureSameFamily(mixing, parts)
 
 
 def expected_log_ratio(

@@ -15,6 +15,7 @@ from numpyro.distributions.kl import kl_divergence
 from probdiff.blocks import block_size, in_blocks
 from probdiff.chains import Diffusion
 from probdiff.families.base import expected_log_ratio
+from probdiff.families.mixtures import MixtureKernel
 from probdiff.likelihood.result import LogLikelihood
 from probdiff.locks import one_at_a_time
 from probdiff.schedules import NoiseLevels
@@ -54,6 +55,8 @@ def elbo_term(
     family, T = d.family, d.num_timesteps
     x_t = family.marginal(x_0, noise, t).sample(rng_key)
     q, p = family.posterior(x_t, x_0, noise, jnp.minimum(jnp.maximum(t, 2), T)), kernel(x_t, t)
+    if isinstance(p, MixtureKernel):
+        p = p.with_key(jax.random.fold_in(rng_key, 2))
     ratio, _ = expected_log_ratio(q, p, lambda: q.sample(jax.random.fold_in(rng_key, 1)))
     return jnp.where(t == 1, p.log_prob(x_0), -ratio)
 
@@ -66,12 +69,39 @@ def _parts(d: Diffusion, params: Params, x_0: Event, rng_key: Key) -> tuple[Arra
     def program() -> tuple[Array, Array]:
         q, T = d.family, d.num_timesteps
         noise, kernel = d.kernels()
-        terms = jax.lax.map(
-            lambda args: elbo_term(d, noise, kernel, x_0, *args), (jax.random.split(rng_key, T), jnp.arange(1, T + 1))
-        )
+        keys, times = jax.random.split(rng_key, T), jnp.arange(1, T + 1)
+        if _is_mixture(kernel, x_0):
+            return _along_path(d, noise, kernel, x_0, keys)
+        terms = jax.lax.map(lambda args: elbo_term(d, noise, kernel, x_0, *args), (keys, times))
         return kl_divergence(q.marginal(x_0, noise, T), q.terminal(x_0.shape[:1])), terms
 
     return handlers.substitute(program, data=params)()
+
+
+def _is_mixture(kernel: Callable[[Event, Time], Any], x_0: Event) -> bool:
+    return isinstance(jax.eval_shape(lambda x: kernel(x, jnp.ones(len(x), int)), x_0), MixtureKernel)
+
+
+def _along_path(
+    d: Diffusion, noise: NoiseLevels, kernel: Callable[[Event, Time], Any], x_0: Event, rng_keys: Key
+) -> tuple[Float[Array, " N"], Float[Array, "T N"]]:
+    """As `_parts`, with log q − log p along one path of each datum in place of every KL.
+
+    Where p is nearly the reversal of q, the terms of one path all but cancel out, and those of draws apart do not.
+    """
+    q, T = d.family, d.num_timesteps
+
+    def step(x_t: Event, args: tuple[Array, Key]) -> tuple[Event, Array]:
+        t, key = args
+        of_x_prev = q.posterior(x_t, x_0, noise, t)
+        x_prev = of_x_prev.sample(key)
+        return x_prev, of_x_prev.log_prob(x_prev) - kernel(x_t, t).log_prob(x_prev)
+
+    of_x_T = q.marginal(x_0, noise, T)
+    x_T = of_x_T.sample(rng_keys[0])
+    x_1, terms = jax.lax.scan(step, x_T, (jnp.arange(T, 1, -1), rng_keys[1:]))
+    log_ratio = of_x_T.log_prob(x_T) - q.terminal(x_0.shape[:1]).log_prob(x_T)
+    return log_ratio, jnp.concatenate([kernel(x_1, 1).log_prob(x_0)[None], terms[::-1]])
 
 
 def _elbo_blocks(
@@ -81,12 +111,13 @@ def _elbo_blocks(
 
     def compute(x_0: Data, rng_key: Key) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         mean: Any = 0.0
-        totals = []
+        terminals, totals = [], []
         for key in jax.random.split(rng_key, num_draws):
             terminal, terms = (np.asarray(part, np.float64) for part in _parts(d, params, x_0, key))
             mean = mean + terms / num_draws
+            terminals.append(terminal)
             totals.append(terms[0] - terms[1:].sum(0) - terminal)
-        return terminal, mean, np.stack(totals)
+        return np.mean(terminals, 0), mean, np.stack(totals)
 
     rows = block_size(len(x_0), max(16, min(_ROWS, 2**22 // d.num_timesteps)))
     for n, (terminal, mean, totals) in in_blocks(x_0, rng_key, compute, rows):
@@ -99,7 +130,8 @@ def elbo_draws(
     """The parts of N17 per datum of one chain, and the estimates of their sum that each draw gives, (S, N).
 
     K = E log p(x_0 given x_1) − Σ_{t≥2} E KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t))
-    − KL(q(x_T given x_0) ‖ p(x_T)): KLs in closed form, expectations over x_t from `num_draws` draws for each t.
+    − KL(q(x_T given x_0) ‖ p(x_T)): KLs in closed form, expectations over x_t from `num_draws` draws for each t. Of
+    kernels that are mixtures nothing is in closed form: log q − log p is taken along `num_draws` whole paths.
     x_0 (N, *event_shape) in the chain's own units; nats.
     """
     parts, draws = zip(*_elbo_blocks(d, params, x_0, rng_key, num_draws), strict=True)

@@ -1,14 +1,17 @@
 """p(x_0) of a chain without Monte Carlo: closed form for linear-Gaussian chains, quadrature, enumeration of bits."""
 
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpyro import handlers
+from scipy.special import logsumexp
 
 from probdiff.chains import BinomialDiffusion, Diffusion, GaussianDiffusion
+from probdiff.families.mixtures import components_of
 from probdiff.likelihood.result import LogLikelihood
 from probdiff.locks import one_at_a_time
 from probdiff.reference.linear_gaussian import LinearChain, normal_log_prob
@@ -20,6 +23,7 @@ _PROBES = 8
 _LINEAR = 1e-9  # relative departure from a straight line that is rounding
 _ACCURACY = 1e-5  # nats
 _MOST_NODES = 5001
+_MOST_WAYS = 4096  # down a linear chain of mixtures
 _ROWS = 2048  # of data at once
 
 
@@ -27,8 +31,9 @@ _ROWS = 2048  # of data at once
 def exact(d: Diffusion, params: Params, x_0: Data) -> LogLikelihood:
     """log p(x_0), N12, worked out in float64: Monte Carlo error zero.
 
-    x_0 (N, *event_shape) in the chain's own units; nats. Raises `ValueError` where a Gaussian chain is neither
-    linear-Gaussian nor of one dimension, or its quadrature is not right to 1e-5 nats, and for more than 12 bits.
+    x_0 (N, *event_shape) in the chain's own units; nats. Raises `ValueError` where a Gaussian chain is neither linear,
+    with no more than 4,096 ways from component to component, nor of one dimension, or its quadrature is not right to
+    1e-5 nats, and for more than 12 bits.
     """
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
@@ -53,30 +58,44 @@ def _without_error(values: np.ndarray) -> LogLikelihood:
 
 
 def _linear(d: GaussianDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray | None:
-    """In closed form, where each kernel's mean is linear and its covariance constant at random probes."""
+    """In closed form, where means are linear, and covariances and weights constant, at random probes.
+
+    Of M components to a kernel p(x_0) is a mixture of M^T Gaussians, one for each way down the chain.
+    """
     size, times = x_0.shape[1], jnp.arange(d.num_timesteps, 0, -1)
+    if d.components**d.num_timesteps > _MOST_WAYS:
+        return None
     _, kernel = handlers.substitute(d.kernels, data=params)()
     probes = jnp.concatenate([jnp.zeros((1, size)), 2 * jax.random.normal(jax.random.key(0), (_PROBES, size))])
 
-    def moments(x: Array, t: Array) -> tuple[Array, Array]:
-        p = kernel(x.reshape(d.event_shape), t)
-        full = d.covariance == "full"
-        return p.mean.reshape(-1), p.covariance_matrix if full else jnp.diag(p.variance.reshape(-1))
+    def moments(x: Array, t: Array) -> tuple[Array, Array, Array]:
+        mixture = kernel(x.reshape(d.event_shape), t)
+        log_w = jax.nn.log_softmax(mixture.log_weights) if d.components > 1 else jnp.zeros(1)
+        p = components_of(mixture)
+        variance = p.variance.reshape(-1, size)
+        covariance = p.covariance_matrix if d.covariance == "full" else variance[..., None] * jnp.eye(size)
+        return p.mean.reshape(-1, size), covariance.reshape(-1, size, size), log_w
 
     @jax.jit
     def linearised(t: Array) -> tuple[Array, ...]:
         slope = jax.jacfwd(lambda x: moments(x, t)[0])(probes[0])
         return slope, *jax.vmap(lambda x: moments(x, t))(probes)
 
-    A, mean, cov = (np.asarray(part) for part in jax.lax.map(linearised, times))
-    b, S = mean[:, 0], cov[:, 0]
-    straight = np.einsum("tij,pj->tpi", A, probes) + b[:, None]
-    for value, predicted in ((mean, straight), (cov, S[:, None])):
+    A, mean, cov, log_w = (np.asarray(part) for part in jax.lax.map(linearised, times))
+    b, S, log_w_0 = mean[:, 0], cov[:, 0], log_w[:, 0]
+    straight = np.einsum("tmij,pj->tpmi", A, probes) + b[:, None]
+    for value, predicted in ((mean, straight), (cov, S[:, None]), (log_w, log_w_0[:, None])):
         if not np.abs(value - predicted).max() <= _LINEAR * (1 + np.abs(value).max()):
             return None
-    chain = LinearChain(np.zeros((1, size)), np.eye(size), A, b[:, None], S)
-    means, covs = chain.marginals()
-    return normal_log_prob(x_0, means[-1], covs[-1])
+    values = []
+    for way in product(range(d.components), repeat=len(A)):
+        steps, chosen = np.arange(len(A)), np.array(way)
+        chain = LinearChain(
+            np.zeros((1, size)), np.eye(size), A[steps, chosen], b[steps, None, chosen], S[steps, chosen]
+        )
+        means, covs = chain.marginals()
+        values.append(log_w_0[steps, chosen].sum() + normal_log_prob(x_0, means[-1], covs[-1]))
+    return logsumexp(values, axis=0)
 
 
 def _enumeration(d: BinomialDiffusion, params: Params, x_0: np.ndarray) -> np.ndarray:
@@ -145,4 +164,4 @@ def _narrowest(d: Diffusion, params: Params, draws: Array) -> Array:
     """The least standard deviation of the kernels at draws of x_1…x_T, (T, S, *event_shape)."""
     _, kernel = handlers.substitute(d.kernels, data=params)()
     times = jnp.arange(1, d.num_timesteps + 1)
-    return jax.lax.map(lambda args: jnp.sqrt(kernel(*args).variance.min()), (draws, times)).min()
+    return jax.lax.map(lambda args: jnp.sqrt(components_of(kernel(*args)).variance.min()), (draws, times)).min()

@@ -41,18 +41,29 @@ class GaussianStart(eqx.Module):
     low: Float[Array, " *event"]
     high: Float[Array, " *event"]
 
-    def around(self, network: Callable[[Event, Array], Array]) -> Callable[[Event, Array], Array]:
-        """The outputs as a function of x_t, of any batch shape, and the log-SNR, from those of `network`."""
-        size, num_axes = self.low.size, self.low.ndim
+    def around(self, network: Callable[[Event, Array], Array], components: int = 1) -> Callable[[Event, Array], Array]:
+        """The outputs as a function of x_t, of any batch shape, and the log-SNR, from those of `network`.
+
+        Of several components each has outputs of its own, and the last outputs are weights, which are left as they are.
+        """
+        size, num_axes, M = self.low.size, self.low.ndim, components
         variance, low, high = jnp.exp(jnp.ravel(self.log_variance)), jnp.ravel(self.low), jnp.ravel(self.high)
 
         def outputs(x_t: Event, log_snr: Array) -> Float[Array, "*batch P"]:
             wide = jnp.asarray(log_snr)[..., None]
+            g = jax.nn.sigmoid(wide) * variance + jax.nn.sigmoid(-wide)
+            x = x_t.reshape(*x_t.shape[: x_t.ndim - num_axes], size)
+            raw = network((x / jnp.sqrt(g)).reshape(x_t.shape), log_snr)
+            if M == 1:
+                return of_one(raw, x, wide)
+            of_each = raw[..., :-M].reshape(*raw.shape[:-1], M, -1)
+            of_each = of_one(of_each, x[..., None, :], wide[..., None])
+            return jnp.concatenate([of_each.reshape(*raw.shape[:-1], -1), raw[..., -M:]], -1)
+
+        def of_one(raw: Array, x: Array, wide: Array) -> Array:
             alpha_bar, noise = jax.nn.sigmoid(wide), jax.nn.sigmoid(-wide)
             g = alpha_bar * variance + noise
-            x = x_t.reshape(*x_t.shape[: x_t.ndim - num_axes], size)
             scaled = x / jnp.sqrt(g)
-            raw = network(scaled.reshape(x_t.shape), log_snr)
             w = variance / g
             a = jnp.sqrt(w) * raw[..., :size] + jnp.sqrt(alpha_bar * noise) * (variance - 1) / g * x
             a = a + _excess(x, jnp.sqrt(alpha_bar) * x + jnp.sqrt(noise) * a, wide, low, high) / jnp.sqrt(noise)

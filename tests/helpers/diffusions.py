@@ -8,6 +8,7 @@ import scipy.stats
 from helpers.once import once
 
 from probdiff import Fit, GaussianDiffusion, networks, schedules
+from probdiff.families.gaussian import Gaussian
 
 UNEVEN_BETA = np.array([0.03, 0.11, 0.07, 0.3, 0.24])  # not symmetric in t
 
@@ -37,6 +38,31 @@ def linear_diffusion(covariance, num_features=2, seed=0, schedule=None):
         jnp.asarray(0.3 * rng.normal(size=outputs)),
     )
     return GaussianDiffusion((num_features,), schedule or schedules.Fixed(UNEVEN_BETA), network, covariance)
+
+
+class Outputs(eqx.Module):
+    """Linear in x_t and in the log-SNR."""
+
+    matrix: jax.Array
+    bias: jax.Array
+    slope: jax.Array
+
+    def __call__(self, x_t, log_snr):
+        return self.matrix @ x_t + self.bias + self.slope * log_snr
+
+
+def linear_mixture(covariance, size, components=3):
+    """A linear chain whose kernels are mixtures, and its params: p(x_0) is a finite mixture."""
+    family = Gaussian((size,), covariance, components)
+    rng = np.random.default_rng(1)
+    matrix = np.zeros((family.num_outputs, size))
+    each = family.num_outputs_of_each
+    for m in range(components):
+        matrix[m * each : m * each + size] = 0.4 * rng.normal(size=(size, size))
+    bias, slope = rng.normal(size=(2, family.num_outputs))
+    network = Outputs(jnp.asarray(matrix), jnp.asarray(bias), jnp.asarray(0.2 * slope))
+    d = GaussianDiffusion((size,), schedules.Fixed([0.2, 0.3, 0.4]), network, covariance, components)
+    return d, random_linear(d)
 
 
 @once

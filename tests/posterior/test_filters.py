@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.diffusions import fit_of, linear_mixture
 from helpers.posteriors import FAILURE, KEY, A, Sensor, assert_close, conditioned, fitted, linear_fit, three_modes
 from scipy import stats
 
@@ -44,6 +45,36 @@ def test_posterior_and_evidence_of_a_linear_chain(x64, covariance, kind, T):
     assert_close(draws.mean(1), wanted_mean, 19, 2)
     centred = draws - wanted_mean
     assert_close(np.einsum("msi,msj->mij", centred, centred) / draws.shape[1], wanted_cov, 19, 3)
+    assert dt["evidence"].dataset["effective_draws"][0] > 500
+
+
+@pytest.mark.parametrize(
+    ("covariance", "kind"),
+    [
+        ("full", "linear"),
+        *[
+            pytest.param(covariance, kind, marks=pytest.mark.slow)
+            for covariance in ("diagonal", "full", "fixed")
+            for kind in KINDS
+            if (covariance, kind) != ("full", "linear")
+        ],
+    ],
+)
+def test_posterior_and_evidence_of_a_chain_of_mixtures(x64, covariance, kind):
+    """Beside quadrature over the plane of the exact density, a finite mixture, times the likelihood."""
+    d, params = linear_mixture(covariance, 2)
+    fit, (y, s) = fit_of(d, params), (1.0, 0.3)
+    axis = np.linspace(-6, 6, 121)
+    grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    log_g = jax.vmap(KINDS["function"](y, s))(jnp.asarray(grid))
+    mass = np.exp(fit.log_likelihood(grid, method="exact").values + np.asarray(log_g)) * (axis[1] - axis[0]) ** 2
+    dt = posterior.sample(fit, KINDS[kind](y, s), rng_key=KEY, num_particles=500, num_filters=20)
+    assert_close(np.exp(dt["filters"].dataset["log_evidence"].to_numpy()[:, 0]), mass.sum(), 19)
+    draws = dt["posterior"].dataset["x_0"].to_numpy()[:, :, 0]
+    mean = mass @ grid / mass.sum()
+    assert_close(draws.mean(1), mean, 19, 2)
+    centred, apart = draws - mean, grid - mean
+    assert_close(np.einsum("msi,msj->mij", centred, centred) / 500, (mass * apart.T) @ apart / mass.sum(), 19, 3)
     assert dt["evidence"].dataset["effective_draws"][0] > 500
 
 

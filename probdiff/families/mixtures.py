@@ -1,0 +1,97 @@
+"""Mixtures of Gaussians as reverse kernels, and their KL divergence from a Gaussian: closed form and a small rest."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array
+from numpyro.distributions import constraints
+from numpyro.distributions.kl import kl_divergence
+
+from probdiff.types import Key
+
+_DRAWS = 4  # of the rest of a KL divergence
+
+
+class MixtureKernel(dist.MixtureSameFamily):
+    """p(x_{t−1} given x_t) = Σ_m w_m·N(f_μ,m, f_Σ,m), N8 for several components.
+
+    With a `key`, `kl_divergence` from a Gaussian is an unbiased estimate that is made of draws from that key: the one
+    term of N17 that has no closed form. Without a key it has none, and NumPyro's ELBOs take the draw of the site.
+    """
+
+    arg_constraints: ClassVar = {"log_weights": constraints.real_vector}  # from which a scan learns the batch shape
+    pytree_data_fields = ("key",)
+
+    def __init__(
+        self,
+        mixing_distribution: Any,
+        component_distribution: dist.Distribution,
+        key: Key | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__(mixing_distribution, component_distribution, validate_args=validate_args)
+        self.key = key
+
+    @property
+    def log_weights(self) -> Array:
+        """log w_m up to a constant, (…, M)."""
+        return self.mixing_distribution.logits
+
+    def with_key(self, key: Key | None) -> "MixtureKernel":
+        return MixtureKernel(self.mixing_distribution, self.component_distribution, key)
+
+    def like(self, mixing_distribution: Any, component_distribution: dist.Distribution) -> "MixtureKernel":
+        """Another mixture, with the same key."""
+        return MixtureKernel(mixing_distribution, component_distribution, self.key)
+
+
+def components_of(p: dist.Distribution) -> dist.Distribution:
+    """The components of a mixture, with a last axis of batches for them; any other distribution as it is."""
+    return p.component_distribution if isinstance(p, dist.MixtureSameFamily) else p
+
+
+def kl_to_mixture(q: dist.Distribution, p: dist.MixtureSameFamily, rng_key: Key, num_draws: int = _DRAWS) -> Array:
+    """An unbiased estimate of KL(q ‖ Σ_m w_m·p_m), nats, for Gaussian q and p_m, of q's batch shape.
+
+    With r_m(x) = w_m·p_m(x)/p(x), and m the component whose r_m is largest at q's mean,
+
+        KL(q ‖ p) = KL(q ‖ p_m) − log w_m + E_q log r_m(x),
+
+    whose expectation alone is taken over `num_draws` draws: it has a small spread where q lies mostly in reach of one
+    component, and none where components are the same. Any m would do; the gradient is unbiased as well.
+    """
+    q, parts = _normal(q), _normal(p.component_distribution)
+    log_w = jax.nn.log_softmax(p.mixing_distribution.logits)
+    x = jnp.concatenate([q.mean[None], q.sample(rng_key, (num_draws,))])
+    log_r = jax.nn.log_softmax(log_w + parts.log_prob(jnp.expand_dims(x, -1 - q.event_dim)))
+    m = jnp.argmax(log_r[0], -1)
+
+    def chosen(array: Array, event_dim: int = 0) -> Array:
+        index = m.reshape(*(1,) * (array.ndim - m.ndim - event_dim - 1), *m.shape, *(1,) * (event_dim + 1))
+        return jnp.squeeze(jnp.take_along_axis(array, index, -1 - event_dim), -1 - event_dim)
+
+    return kl_divergence(q, _normal(parts, chosen)) - chosen(log_w) + jnp.mean(chosen(log_r[1:]), 0)
+
+
+def _normal(p: dist.Distribution, change: Any = lambda array, event_dim: array) -> dist.Distribution:
+    """The Gaussian p, made anew: with the batch shape of its arrays, which one that was scanned does not know of."""
+    if isinstance(p, dist.MultivariateNormal):
+        return dist.MultivariateNormal(change(p.loc, 1), scale_tril=change(p.scale_tril, 2))
+    n = p.event_dim
+    loc, scale = jnp.broadcast_arrays(p.base_dist.loc, p.base_dist.scale)
+    return dist.Normal(change(loc, n), change(scale, n)).to_event(n)
+
+
+def _kl(q: dist.Distribution, p: MixtureKernel) -> Array:
+    if p.key is None:
+        raise NotImplementedError
+    is_typed = jnp.issubdtype(p.key.dtype, jax.dtypes.prng_key)
+    keys = p.key.reshape(-1) if is_typed else p.key.reshape(-1, p.key.shape[-1])  # several where p was scanned
+    return kl_to_mixture(q, p, keys[0])
+
+
+for _kind in (dist.Independent, dist.MultivariateNormal):
+    kl_divergence.add((_kind, MixtureKernel), _kl)
