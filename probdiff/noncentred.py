@@ -25,8 +25,9 @@ def ancestral(terminal: dist.Distribution, kernel: Kernel, num_timesteps: int, *
     """
     x_t = _stacked(terminal, kernel, num_timesteps) if stacked else numpyro.sample(f"x_{num_timesteps}", terminal)
     for t in range(1 if stacked else num_timesteps, 0, -1):
-        with noncentred(f"x_{t - 1}") if terminal.has_rsample else nullcontext():
-            x_t = numpyro.sample(f"x_{t - 1}", kernel(x_t, t))
+        p = kernel(x_t, t)
+        with noncentred(f"x_{t - 1}") if _is_normal(p) else nullcontext():
+            x_t = numpyro.sample(f"x_{t - 1}", p)
     return x_t
 
 
@@ -42,12 +43,19 @@ def _stacked(terminal: dist.Distribution, kernel: Kernel, T: int) -> Event:
 
     def step(x_t: Event, args: tuple[Event, Time]) -> tuple[Event, Event]:
         z, t = args
-        x_prev = affine(kernel(x_t, t))(z)
+        p = kernel(x_t, t)
+        if not _is_normal(p):
+            raise ValueError("stacked=True is for kernels of one component; these are mixtures: leave it out")
+        x_prev = affine(p)(z)
         return x_prev, x_prev
 
     x_1, path = jax.lax.scan(step, noise[0], (noise[1:], jnp.arange(T, 1, -1)))
     numpyro.deterministic("x_path", jnp.moveaxis(jnp.concatenate([noise[:1], path]), 0, axis))
     return x_1
+
+
+def _is_normal(p: dist.Distribution) -> bool:
+    return isinstance(p.base_dist if isinstance(p, dist.Independent) else p, dist.Normal | dist.MultivariateNormal)
 
 
 class NonCentred(Reparam):

@@ -99,7 +99,7 @@ class Run:
         covariance: families.Covariance = o["covariance"] or (
             "full" if size <= 16 and rows >= 100 * size else "diagonal"
         )
-        return GaussianDiffusion((size,), schedule, network, covariance)
+        return GaussianDiffusion((size,), schedule, network, covariance, o["components"])
 
     def stopping(self, data_split: datasets.Split) -> dict[str, Any]:
         """The options of a fit that say when it stops; none of real rows that are not many: it has its own for them."""

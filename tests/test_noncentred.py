@@ -14,7 +14,7 @@ from numpyro.infer.reparam import LocScaleReparam
 from numpyro.infer.util import log_density
 from scipy import stats
 
-from probdiff import BinomialDiffusion, networks, schedules
+from probdiff import BinomialDiffusion, GaussianDiffusion, networks, schedules
 from probdiff.noncentred import NonCentred
 from probdiff.results import Fit
 
@@ -230,3 +230,14 @@ def test_wrong_params_and_several_chains_are_refused():
         both.prior()
     with pytest.raises(TypeError, match="NonCentred is for Normal"):
         trace_of(handlers.reparam(lambda: numpyro.sample("a", dist.Gamma(1.0)), config={"a": NonCentred()}))
+
+
+def test_a_prior_of_mixtures_has_the_density_of_their_sites(x64):
+    d = GaussianDiffusion((2,), schedules.LearnedBetas(2), networks.ResidualMLP(8, 1), "full", 3)
+    params, values = random_params(d), np.random.default_rng(0).normal(size=(3, 2))
+    sites = {f"x_{t}": jnp.asarray(values[t]) for t in range(3)}
+    got, _ = log_density(d.prior(params), (), {}, sites)
+    wanted, _ = log_density(d.reverse, (sites["x_0"],), {}, params | sites)
+    np.testing.assert_allclose(got, wanted, rtol=1e-9)
+    with pytest.raises(ValueError, match="kernels of one component"):
+        handlers.seed(d.prior(params), 0)(stacked=True)

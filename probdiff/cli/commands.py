@@ -57,7 +57,7 @@ def fit(
     schedule: Annotated[str | None, typer.Option(help=_SCHEDULE)] = None,
     covariance: Annotated[families.Covariance | None, typer.Option(help=_COVARIANCE)] = None,
     base_rate: Annotated[float, typer.Option(help="of bits: π, the rate of x_T")] = 0.5,
-    components: Annotated[int, typer.Option(help="of bits: products of Bernoullis that a reverse kernel mixes")] = 1,
+    components: Annotated[int, typer.Option(help="Gaussians, or products of Bernoullis, that a kernel mixes")] = 1,
     width: Annotated[int, typer.Option(help="units of each block of the network")] = 128,
     depth: Annotated[int, typer.Option(help="blocks of the network")] = 3,
     num_steps: Annotated[int, typer.Option(help="steps of SVI")] = 20_000,

@@ -66,8 +66,9 @@ def as_state(family: Family, x: Any) -> Event:
 
 
 def family_options(family: Any) -> dict[str, Any]:
-    """What tells one family from another of its class: its fields, without the shape of the data."""
-    return {field.name: getattr(family, field.name) for field in fields(family) if field.name != "event_shape"}
+    """What tells one family from another of its class: its fields, without the shape of the data and default values."""
+    values = {field.name: (getattr(family, field.name), field.default) for field in fields(family)}
+    return {name: value for name, (value, default) in values.items() if name != "event_shape" and value != default}
 
 
 def in_form_of(p: dist.Distribution, kernel: dist.Distribution) -> dist.Distribution:

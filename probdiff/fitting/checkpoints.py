@@ -74,6 +74,14 @@ def description(value: Any) -> Any:
 _DIGESTS = ("x", "validation", "initial state")  # of which no value is shown
 
 
+def _of_diffusion(d: Any) -> Any:
+    """Its description, without the components of a Gaussian chain that has but one, which earlier versions had not."""
+    described = description(d)
+    if described["class"] == "GaussianDiffusion" and described["components"] == 1:
+        del described["components"]
+    return described
+
+
 def configuration(
     settings: dict[str, Any],
     d: Any,
@@ -90,7 +98,7 @@ def configuration(
     return {
         "precision": str(jnp.result_type(float)),
         **settings,
-        "diffusion": description(d),
+        "diffusion": _of_diffusion(d),
         "start": start,
         "rng_key": np.asarray(jax.random.key_data(rng_key)).tolist(),  # before x, whose held-out rows it draws
         "x": _digest(whole),

@@ -39,7 +39,7 @@ def test_of_fixed_covariances_the_means_are(x64):
     for t in (1, 4, 6):
         alpha_bar = float(noise.alpha_bar[t])
         mean = np.sqrt(alpha_bar) * variance / (alpha_bar * variance + 1 - alpha_bar) * x
-        np.testing.assert_allclose(predict(jnp.asarray(x), t)[1][0], mean, rtol=1e-6)
+        np.testing.assert_allclose(predict(jnp.asarray(x), t)[1][0][:, 0], mean, rtol=1e-6)
 
 
 def test_everything_is_in_the_datas_units_and_axes():
@@ -125,7 +125,7 @@ def test_bounds_leave_what_is_inside_as_it_is(x64):
     t = 1
     reach = 10.0 * np.sqrt(float(noise.alpha_bar[t]))  # twice the range of the data
     x = jnp.linspace(-3 * reach, 3 * reach, 6001)[:, None] * jnp.ones(2)
-    bent, straight = np.asarray(bounded(x, t)[1][0])[:, 0], np.asarray(unbounded(x, t)[1][0])[:, 0]
+    bent, straight = np.asarray(bounded(x, t)[1][0])[:, 0, 0], np.asarray(unbounded(x, t)[1][0])[:, 0, 0]
     inside = np.abs(straight) < 9.9
     np.testing.assert_allclose(bent[inside], straight[inside], rtol=1e-12)
     slope = np.gradient(bent, np.asarray(x)[:, 0])
