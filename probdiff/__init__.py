@@ -2,6 +2,9 @@
 
 from importlib.metadata import version
 
+# ArviZ leaves a lazy module in its place, from which `import numpyro.distributions` makes one without its submodules
+from numpyro import __version__ as _  # noqa: F401
+
 from probdiff import datasets, derivation, diagnostics, likelihood, networks, plots, posterior, schedules
 from probdiff.chains import BinomialDiffusion, GaussianDiffusion
 from probdiff.fitting import devices, streams

@@ -93,3 +93,11 @@ def test_importing_changes_no_global_state_but_numpyros_registry_of_kl_divergenc
     import sys
 
     subprocess.run([sys.executable, "-c", IMPORTING], check=True)
+
+
+def test_importing_after_arviz_leaves_numpyro_whole():
+    import subprocess
+    import sys
+
+    whole = "import arviz, probdiff, numpyro; numpyro.distributions.distribution.Unit(0.0)"
+    subprocess.run([sys.executable, "-c", whole], check=True)

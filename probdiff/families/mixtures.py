@@ -41,6 +41,7 @@ class MixtureKernel(dist.MixtureSameFamily):
         return self.mixing_distribution.logits
 
     def with_key(self, key: Key | None) -> "MixtureKernel":
+        """The same mixture with another key."""
         return MixtureKernel(self.mixing_distribution, self.component_distribution, key)
 
     def like(self, mixing_distribution: Any, component_distribution: dist.Distribution) -> "MixtureKernel":
@@ -53,7 +54,7 @@ def components_of(p: dist.Distribution) -> dist.Distribution:
     return p.component_distribution if isinstance(p, dist.MixtureSameFamily) else p
 
 
-def kl_to_mixture(q: dist.Distribution, p: dist.MixtureSameFamily, rng_key: Key, num_draws: int = _DRAWS) -> Array:
+def kl_to_mixture(q: dist.Distribution, p: MixtureKernel, rng_key: Key, num_draws: int = _DRAWS) -> Array:
     """An unbiased estimate of KL(q ‖ Σ_m w_m·p_m), nats, for Gaussian q and p_m, of q's batch shape.
 
     With r_m(x) = w_m·p_m(x)/p(x), and m the component whose r_m is largest at q's mean,
@@ -64,7 +65,7 @@ def kl_to_mixture(q: dist.Distribution, p: dist.MixtureSameFamily, rng_key: Key,
     component, and none where components are the same. Any m would do; the gradient is unbiased as well.
     """
     q, parts = _normal(q), _normal(p.component_distribution)
-    log_w = jax.nn.log_softmax(p.mixing_distribution.logits)
+    log_w = jax.nn.log_softmax(p.log_weights)
     x = jnp.concatenate([q.mean[None], q.sample(rng_key, (num_draws,))])
     log_r = jax.nn.log_softmax(log_w + parts.log_prob(jnp.expand_dims(x, -1 - q.event_dim)))
     m = jnp.argmax(log_r[0], -1)

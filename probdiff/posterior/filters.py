@@ -151,9 +151,9 @@ def _filter(
             proposal = jnp.where(jnp.isfinite(guided).all((-2, -1), keepdims=True), guided, flat)
         log_joint = kernel.log_weight + guidance.log_psi.reshape(S, M)
         shift = x_0_weight * guidance.mean_shift.reshape(S, M, size)
-        guided_kernel = _Mixture(log_joint, kernel.loc + shift, proposal.reshape(S, M, *proposal.shape[1:]))
-        log_psi = jax.nn.logsumexp(log_joint, -1)
-        return _State(kernel, guided_kernel._replace(log_weight=jax.nn.log_softmax(log_joint)), log_psi)
+        guided_loc, guided_scale = kernel.loc + shift, proposal.reshape(S, M, *proposal.shape[1:])
+        guided_kernel = _Mixture(jax.nn.log_softmax(log_joint), guided_loc, guided_scale)
+        return _State(kernel, guided_kernel, jax.nn.logsumexp(log_joint, -1))
 
     def move(carry: Any, rng_key: Key) -> tuple[tuple[Float[Array, "S D"], Array, Array, Any], Float[Array, ""]]:
         """Particles resampled where too few are effective, and moved one step down, to be weighted by ψ there."""
