@@ -112,7 +112,7 @@ def report(run: Run, fitted: Fit, data_split: datasets.Split, fitting: float | N
 
 _COLUMNS = {
     "exact L": "mean of the exact log density, the most that any fit can reach",
-    "K": "mean of the lower bound of the fit's log density, by closed-form KLs; se is over data",
+    "K": "mean of the lower bound of the fit's log density; se is over data",
     "K bits": "the same in bits",
     "gap L-K": "what the bound and the fit lose together; its se is that of the paired difference",
     "IWAE-K": "how far the bound of 100 whole paths is above K, on up to 500 data; log p is higher still",
