@@ -99,6 +99,8 @@ def fit(
         if processes:
             raise typer.Exit(start_processes(processes))
         jax.distributed.initialize()
+    elif processes == 1:
+        devices.one_for_each_fit(num_chains)
     first = jax.process_index() == 0
     run = Run(out or Path("runs") / Path(data).stem, options)
     data_split = run.data()

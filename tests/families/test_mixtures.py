@@ -17,6 +17,8 @@ from scipy.special import log_softmax, logsumexp
 from probdiff import GaussianDiffusion, networks, schedules
 from probdiff.families.gaussian import Gaussian
 from probdiff.families.mixtures import MixtureKernel, kl_to_mixture
+from probdiff.fitting.loop import _adam
+from probdiff.fitting.settings import Settings
 from probdiff.likelihood.elbo import elbo
 from probdiff.networks.gaussian_start import with_start
 
@@ -149,7 +151,9 @@ def test_the_elbo_along_paths_is_that_of_quadrature(x64):
     assert np.all(np.abs(found.values - np.array(wanted)) < 5 * found.values_mcse)
 
 
-@pytest.mark.parametrize(("covariance", "event_shape"), [("fixed", (2,)), ("diagonal", (2, 2)), ("full", (3,))])
+@pytest.mark.parametrize(
+    ("covariance", "event_shape"), [("fixed", (2,)), ("diagonal", (2, 2)), ("full", (3,)), ("full", (6,))]
+)
 def test_the_kl_is_that_of_plain_draws_with_less_spread(x64, covariance, event_shape):
     family, rng = Gaussian(event_shape, covariance, M), np.random.default_rng(1)
     outputs, x_t, x_0 = rng.normal(size=family.num_outputs), *rng.normal(size=(2, *event_shape))
@@ -159,7 +163,7 @@ def test_the_kl_is_that_of_plain_draws_with_less_spread(x64, covariance, event_s
     plain = q.log_prob(x) - p.log_prob(x)
     draws = jax.vmap(lambda key: kl_to_mixture(q, p, key, 1))(jax.random.split(jax.random.key(1), 100_000))
     assert abs(draws.mean() - plain.mean()) < 5 * np.hypot(draws.std(), plain.std()) / np.sqrt(100_000)
-    assert draws.var() < 0.5 * plain.var()
+    assert draws.var() < 0.25 * plain.var()  # of a pair: half of that of two plain draws
 
 
 def test_a_mixture_without_a_key_has_no_kl_in_closed_form():
@@ -178,6 +182,18 @@ def test_draws_have_the_density_of_the_exact_method(x64):
     cdf = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(x[:, 0]))])
     drawn = fit.sample(jax.random.key(0), 4000)[:, 0]
     assert scipy.stats.kstest(drawn, lambda value: np.interp(value, x[:, 0], cdf)).pvalue > 1e-4
+
+
+def test_the_learning_rate_of_mixtures_rises_at_first():
+    def first_update(components):
+        d = mixture_diffusion(components=components)
+        params = d.initial_params(jax.random.key(0))
+        optimizer = _adam(d, Settings(num_steps=200, batch_size=2))
+        updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+        return float(updates["network$params"].first.weight[0, 0])
+
+    assert first_update(1) == pytest.approx(-2e-3, rel=1e-3)
+    assert first_update(M) == pytest.approx(-2e-3 / 11, rel=1e-3)
 
 
 def test_components_are_counted():

@@ -183,3 +183,18 @@ def test_devices_left_idle_are_told(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [one] * 8)
     with pytest.warns(UserWarning, match="for 8 devices to be used batch_size must be a multiple of 8; 4 are used"):
         assert devices.choose_mesh(None, 1, 20).size == 4
+
+
+@pytest.mark.parametrize(("num_chains", "wanted"), [(1, 1), (2, 2), (3, 3), (5, 1), (6, 3)])
+def test_each_fit_has_a_device_of_its_own(num_chains, wanted, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(jax.config, "update", asked.__setitem__)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    devices.one_for_each_fit(num_chains)
+    assert asked == {"jax_num_cpu_devices": wanted}
+
+
+def test_where_jax_has_been_used_its_devices_stay():
+    before = jax.devices()
+    devices.one_for_each_fit(2)
+    assert jax.devices() == before
