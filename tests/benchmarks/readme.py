@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tests.benchmarks import guidance, imputation, real_data, schedules, tables
+from tests.benchmarks import components, guidance, imputation, real_data, schedules, tables
 
 FOLDER = Path(__file__).parent
 TEMPLATE, README = FOLDER / "readme.in.md", FOLDER / "README.md"
@@ -98,8 +98,8 @@ def ranks(cell):
 
 def table(name):
     """The table of a script's .json file."""
-    if name == "schedules":
-        return schedules.table(read(name))
+    if name in ("schedules", "components"):
+        return {"schedules": schedules, "components": components}[name].table(read(name))
     if name in ("real_data", "imputation"):
         frame = {"real_data": real_data, "imputation": imputation}[name].table(read(name))
         return markdown(frame.to_dict("records"))
