@@ -216,10 +216,10 @@ class Diffusion(ByValue):
         """p(x_0), N12, with fixed params, as a NumPyro program for any model, in plates or under `scope`.
 
         The program returns x_0 in the chain's own units, one for each element of the plates around it. Sites x_T, …,
-        x_0. Those of Gaussian kernels are `NonCentred`: deterministic functions of x_T and of the standard normal sites
-        x_3_base and so on, unless a handler such as `condition` gives them a value; those of mixtures stay as they are.
-        With `stacked=True`, of Gaussian kernels, the noise of x_T…x_1 is one site "x_path_base" (T, *event_shape), and
-        "x_path" deterministic, by a scan, whatever T is.
+        x_0. Those of Gaussian kernels and of mixtures are `NonCentred`: deterministic functions of x_T and of standard
+        normal sites x_3_base and so on, unless a handler such as `condition` gives them a value, so that NUTS and
+        automatic guides move in all of them. With `stacked=True` the noise of x_T…x_1 is one site "x_path_base"
+        (T, *event_shape), and "x_path" deterministic, by a scan, whatever T is.
         Raises `ValueError` for params of another diffusion, and where the stacked form is given a value for x_T…x_1.
         """
         wanted = jax.eval_shape(self.initial_params, jax.random.key(0))

@@ -13,20 +13,23 @@ from numpyro.distributions import transforms
 from numpyro.infer.reparam import Reparam, TransformReparam
 from numpyro.primitives import _PYRO_STACK
 
+from probdiff.families.mixtures import MixtureKernel
+from probdiff.families.rosenblatt import InverseRosenblatt
 from probdiff.types import Event, Time
 
 type Kernel = Callable[[Event, Time], dist.Distribution]
+_OF_NORMALS = (dist.Normal, dist.MultivariateNormal, MixtureKernel)
 
 
 def ancestral(terminal: dist.Distribution, kernel: Kernel, num_timesteps: int, *, stacked: bool = False) -> Event:
-    """Draws x_T, …, x_0 of the reverse chain inside a NumPyro program, non-centred where kernels are normal.
+    """Draws x_T, …, x_0 of the reverse chain inside a NumPyro program, non-centred where kernels are of numbers.
 
     `terminal` is p(x_T), `kernel(x_t, t)` is p(x_{t−1} given x_t); see `chains.Diffusion.prior`.
     """
     x_t = _stacked(terminal, kernel, num_timesteps) if stacked else numpyro.sample(f"x_{num_timesteps}", terminal)
     for t in range(1 if stacked else num_timesteps, 0, -1):
         p = kernel(x_t, t)
-        with noncentred(f"x_{t - 1}") if _is_normal(p) else nullcontext():
+        with noncentred(f"x_{t - 1}") if isinstance(_core(p), _OF_NORMALS) else nullcontext():
             x_t = numpyro.sample(f"x_{t - 1}", p)
     return x_t
 
@@ -43,10 +46,7 @@ def _stacked(terminal: dist.Distribution, kernel: Kernel, T: int) -> Event:
 
     def step(x_t: Event, args: tuple[Event, Time]) -> tuple[Event, Event]:
         z, t = args
-        p = kernel(x_t, t)
-        if not _is_normal(p):
-            raise ValueError("stacked=True is for kernels of one component; these are mixtures: leave it out")
-        x_prev = affine(p)(z)
+        x_prev = from_normals(kernel(x_t, t))(z)
         return x_prev, x_prev
 
     x_1, path = jax.lax.scan(step, noise[0], (noise[1:], jnp.arange(T, 1, -1)))
@@ -54,31 +54,34 @@ def _stacked(terminal: dist.Distribution, kernel: Kernel, T: int) -> Event:
     return x_1
 
 
-def _is_normal(p: dist.Distribution) -> bool:
-    return isinstance(p.base_dist if isinstance(p, dist.Independent) else p, dist.Normal | dist.MultivariateNormal)
+def _core(p: dist.Distribution) -> dist.Distribution:
+    return p.base_dist if isinstance(p, dist.Independent) else p
 
 
 class NonCentred(Reparam):
-    """x = loc + scale·z with z standard normal, for a site of a `Normal` or a `MultivariateNormal`.
+    """A site of a `Normal`, a `MultivariateNormal` or a mixture of them as a function of standard normals z.
 
-    NumPyro's `TransformReparam` of the site as a `TransformedDistribution`: z is the site's name and "_base".
-    Raises `TypeError` for other distributions.
+    x = loc + scale·z, and of a `MixtureKernel` its `InverseRosenblatt`. NumPyro's `TransformReparam` of the site as a
+    `TransformedDistribution`: z is the site's name and "_base". Raises `TypeError` for other distributions.
     """
 
     def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[Any, Any]:
         core, expand_shape, event_dim = self._unwrap(fn)
-        if not isinstance(core, dist.Normal | dist.MultivariateNormal):
-            raise TypeError(f"site {name} is a {type(core).__name__}; NonCentred is for Normal and MultivariateNormal")
+        if not isinstance(core, _OF_NORMALS):
+            wanted = "Normal, MultivariateNormal and MixtureKernel"
+            raise TypeError(f"site {name} is a {type(core).__name__}; NonCentred is for {wanted}")
         base = dist.Normal(0.0, 1.0).expand(core.batch_shape + core.event_shape).to_event(core.event_dim)
-        transformed = self._wrap(dist.TransformedDistribution(base, affine(core)), expand_shape, event_dim)
+        transformed = self._wrap(dist.TransformedDistribution(base, from_normals(core)), expand_shape, event_dim)
         return TransformReparam()(name, transformed, obs)
 
 
-def affine(p: dist.Distribution) -> transforms.Transform:
-    """The map from standard normals to a `Normal`, perhaps `Independent`, or a `MultivariateNormal`."""
+def from_normals(p: dist.Distribution) -> transforms.Transform:
+    """The map from standard normals to a `Normal`, perhaps `Independent`, a `MultivariateNormal` or a mixture."""
+    p = _core(p)
+    if isinstance(p, MixtureKernel):
+        return InverseRosenblatt(p)
     if isinstance(p, dist.MultivariateNormal):
         return transforms.LowerCholeskyAffine(p.loc, p.scale_tril)
-    p = p.base_dist if isinstance(p, dist.Independent) else p
     return transforms.AffineTransform(p.loc, p.scale)
 
 

@@ -236,8 +236,12 @@ def test_a_prior_of_mixtures_has_the_density_of_their_sites(x64):
     d = GaussianDiffusion((2,), schedules.LearnedBetas(2), networks.ResidualMLP(8, 1), "full", 3)
     params, values = random_params(d), np.random.default_rng(0).normal(size=(3, 2))
     sites = {f"x_{t}": jnp.asarray(values[t]) for t in range(3)}
-    got, _ = log_density(d.prior(params), (), {}, sites)
+    prior = d.prior(params)
     wanted, _ = log_density(d.reverse, (sites["x_0"],), {}, params | sites)
-    np.testing.assert_allclose(got, wanted, rtol=1e-9)
-    with pytest.raises(ValueError, match="kernels of one component"):
-        handlers.seed(d.prior(params), 0)(stacked=True)
+    np.testing.assert_allclose(log_density(handlers.condition(prior, sites), (), {}, {})[0], wanted, rtol=1e-9)
+    trace = trace_of(prior)
+    names = [name for name, site in trace.items() if site["type"] == "sample"]
+    assert names == ["x_2", "x_1_base", "x_0_base"]
+    noise = jnp.stack([trace[name]["value"] for name in names[:-1]])
+    stacked = handlers.substitute(prior, data={"x_path_base": noise, "x_0_base": trace["x_0_base"]["value"]})
+    np.testing.assert_allclose(trace_of(stacked, stacked=True)["x_0"]["value"], trace["x_0"]["value"], rtol=1e-9)
