@@ -2,8 +2,10 @@
 
 For each mixture, T and initial schedule: max_β K*(β), how far K of the fit on fresh data falls short of it, what part
 of that is due to the learned β_t (max K* − K*(β_t)) and not to the network, and the learned β_t beside the oracle's.
+With --mixtures, kernels have as many components as the data, and max K* is L itself.
 
     python -m tests.benchmarks.oracle
+    python -m tests.benchmarks.oracle --mixtures --num-timesteps 2 4
     python -m tests.benchmarks.oracle --mixture three --num-timesteps 16 --schedule snr
 """
 
@@ -41,8 +43,8 @@ MIXTURES = {
 }
 
 
-def fit(target, schedule, *, width, num_steps, num_data=100_000):
-    d = probdiff.GaussianDiffusion((1,), schedule, networks.ResidualMLP(width, 3), "diagonal")
+def fit(target, schedule, *, width, num_steps, num_data=100_000, components=1):
+    d = probdiff.GaussianDiffusion((1,), schedule, networks.ResidualMLP(width, 3), "diagonal", components)
     x = np.asarray(target.sample(jax.random.key(1), num_data))
     return probdiff.fit(d, x, rng_key=jax.random.key(2), num_steps=num_steps, learning_rate=5e-3, progress_bar=False)
 
@@ -55,7 +57,9 @@ def shortfall(fitted, target, best, *, num_data):
     """
     loc, scale = fitted.loc[0], fitted.scale[0]
     inside = datasets.GaussianMixture(target.weights, (target.means - loc) / scale, target.covariances / scale**2)
-    d = probdiff.GaussianDiffusion((1,), schedules.Fixed(fitted.beta), oracle.BestNetwork(inside), "diagonal")
+    M = fitted.diffusion.components
+    best_network, fixed = oracle.BestNetwork(inside, M), schedules.Fixed(fitted.beta)
+    d = probdiff.GaussianDiffusion((1,), fixed, best_network, "diagonal", M)
     params = {"network$params": handlers.trace(handlers.seed(d.kernels, 0)).get_trace()["network$params"]["value"]}
     x_0 = fitted.standardise(np.asarray(target.sample(jax.random.key(3), num_data)))
     with_best, with_fitted = (
@@ -63,7 +67,7 @@ def shortfall(fitted, target, best, *, num_data):
         for d, params in ((d, params), (fitted.diffusion, fitted.params))
     )
     of_network = with_best - with_fitted
-    of_beta = best - (oracle.best_elbo(inside, fitted.beta) - np.log(scale))
+    of_beta = best - (oracle.best_elbo(inside, fitted.beta, components=M) - np.log(scale))
     return of_beta + of_network.mean(), of_network.std(ddof=1) / np.sqrt(num_data), of_beta
 
 
@@ -73,6 +77,7 @@ def main():
     arguments.add_argument("--num-timesteps", nargs="+", type=int, default=[2, 4, 8, 16])
     arguments.add_argument("--start", nargs="+", choices=STARTS, default=list(STARTS))
     arguments.add_argument("--schedule", choices=["betas", "snr"], default="betas")
+    arguments.add_argument("--mixtures", action="store_true", help="kernels with as many components as the data")
     arguments.add_argument("--width", type=int, default=32)
     arguments.add_argument("--num-steps", type=int, default=4000)
     options = arguments.parse_args()
@@ -81,8 +86,9 @@ def main():
     for T in options.num_timesteps:
         for name in options.mixture:
             target = MIXTURES[name]
-            beta, best = oracle.best_schedule(target, T)
-            print(f"{name}, T = {T}: max K* = {best:.5f} nats")
+            M = len(target.weights) if options.mixtures else 1
+            beta, best = oracle.best_schedule(target, T, components=M)
+            print(f"{name}, T = {T}, {M} component{'s' * (M > 1)}: max K* = {best:.5f} nats")
             print(f"  {'the oracle':12} {'':42} β = {_row(beta)}", flush=True)
             for start in options.start if options.schedule == "betas" else ["default"]:
                 schedule = (
@@ -90,7 +96,7 @@ def main():
                     if options.schedule == "snr"
                     else schedules.LearnedBetas(T, STARTS[start](T))
                 )
-                fitted = fit(target, schedule, width=options.width, num_steps=options.num_steps)
+                fitted = fit(target, schedule, width=options.width, num_steps=options.num_steps, components=M)
                 short, error, of_beta = shortfall(fitted, target, best, num_data=200 if options.small else 20_000)
                 figures = f"short by {short:.4f} ± {error:.4f}, of β {of_beta:.4f}"
                 print(f"  {start:12} {figures:42} β = {_row(fitted.beta)}", flush=True)
