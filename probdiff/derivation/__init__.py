@@ -19,6 +19,7 @@ from probdiff.derivation.evidence import Evidence, NotApplicable, Reader, Wrong
 from probdiff.derivation.gaussian import GaussianPair
 from probdiff.derivation.gradient import jittered
 from probdiff.derivation.ledger import Comparison, Ledger, Row, Statement, Verdict
+from probdiff.derivation.mixtures import PairOfMixtures, most_components
 from probdiff.derivation.pair import Pair, Program, supports
 from probdiff.derivation.rows import CHECKS, Check
 from probdiff.locks import one_at_a_time
@@ -101,6 +102,8 @@ def check(
         rows = jax.random.permutation(keys[0], len(data))[:max_data]
         data = data[np.sort(np.asarray(rows))]
     pair = Pair(model, guide, jnp.asarray(data), params)
+    if isinstance(reader, GaussianPair) and (components := most_components(pair.p, pair.x)) > 1:
+        reader = PairOfMixtures(components)
     given_beta = None if beta is None else np.asarray(beta, np.float64)
     if given_beta is not None and given_beta.shape != (pair.num_timesteps,):
         raise ValueError(f"beta has shape {given_beta.shape}; these chains have T = {pair.num_timesteps}")
@@ -151,7 +154,7 @@ def _rows(e: Evidence) -> dict[str, Row]:
     }
     for tag in _ORDER:
         declared = CHECKS[tag]
-        statement = declared.of_bits if e.has_reader and e.reader.of_bits else declared.statement
+        statement = declared.statements[e.reader.wording if e.has_reader else "numbers"]
         problems = {"N5": e.pair.q, "N13": e.pair.p}[tag].problems if tag in ("N5", "N13") else []
         broken = set().union(*(roots[need] for need in declared.needs))
         if problems:

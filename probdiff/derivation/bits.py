@@ -36,7 +36,7 @@ class PairOfBits:
     p(x_{t−1} given x_t) is any distribution of bits. See `evidence.Reader`.
     """
 
-    of_bits = True
+    wording = "bits"
     mostly_noise = 0.9
     not_of_n3 = "the bits of x_t are not independent, or one depends on another bit of x_{t−1}"
 

@@ -82,7 +82,7 @@ class Reader(Protocol):
     The rows that a pair has no reader for do not apply to it.
     """
 
-    of_bits: bool  # which wording of the statements
+    wording: str  # of the statements: "numbers", "bits" or "mixtures"
     mostly_noise: float  # share of noise in the x_k that ancestral draws start from
     not_of_n3: str  # why N3 fails where there is no forward form
 

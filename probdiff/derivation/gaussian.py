@@ -23,7 +23,8 @@ type Kernels = tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, np.
 class GaussianPair:
     """q(x_t given x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t·I) and p(x_T) = N(0, I); see `evidence.Reader`."""
 
-    of_bits = False
+    wording = "numbers"
+    components = 1  # of the reverse kernels
     mostly_noise = 0.5
     not_of_n3 = "the mean is not linear in x_{t−1}, or the covariance depends on it"
 
@@ -104,8 +105,11 @@ class GaussianPair:
             return None
         everywhere = [*e.draws[0].values(), *e.generated.values()]
         reach = 1.6 * max(float(np.abs(x).max()) for x in everywhere) + 1
-        variances = [np.min(cov) for kernels in e.moments.values() for _, cov in kernels.values()]
-        return line(reach, float(np.sqrt(min(variances))))
+        return line(reach, float(np.sqrt(self._narrowest(e))))
+
+    def _narrowest(self, e: Evidence) -> float:
+        """The least variance of a kernel in one dimension."""
+        return min(float(np.min(cov)) for kernels in e.moments.values() for _, cov in kernels.values())
 
     def terminal(self, e: Evidence) -> Terminal:
         D = e.pair.size
@@ -220,10 +224,7 @@ class GaussianPair:
         D = e.pair.size
         signs = np.asarray(jax.random.rademacher(e.key(), (D,)), np.float64)
         squares, along, means = [], [], []
-        for t in range(e.pair.num_timesteps):
-            mean, cov = (values[4:] for values in e.moments["p"][t])
-            residual = e.flat(e.generated[t][: len(mean)]) - mean
-            z = np.linalg.solve(np.linalg.cholesky(cov), residual[..., None])[..., 0]
+        for z in self._scores(e):
             squares.append(np.mean(z**2))
             along.append(np.mean((z @ signs) ** 2) / D)
             means.append(np.mean(z @ signs) / np.sqrt(D))
@@ -234,15 +235,28 @@ class GaussianPair:
             monte_carlo("mean of the draws, less f_μ", "draws", means, "zero", 0.0, 1 / np.sqrt(n), e.failure_rate),
         ]
 
+    def _scores(self, e: Evidence) -> list[np.ndarray]:
+        """Standard normal where draws of x_0…x_{T−1} are right, each (R, N, D)."""
+        scores = []
+        for t in range(e.pair.num_timesteps):
+            mean, cov = (values[4:] for values in e.moments["p"][t])
+            residual = e.flat(e.generated[t][: len(mean)]) - mean
+            scores.append(np.linalg.solve(np.linalg.cholesky(cov), residual[..., None])[..., 0])
+        return scores
+
     def reversal(self, e: Evidence) -> Reversal:
-        """A mixture's reversed kernel against its nearest Gaussian; at the chain's own β_t for t = 2…T."""
+        """A mixture's reversed kernel against its nearest Gaussian; at the chain's own β_t for t = 2…T.
+
+        There the nearest is of the chain's own form, a Gaussian or a mixture of some.
+        """
         q = feller.Mixture(np.array([0.3, 0.7]), np.array([-1.0, 0.6]), np.array([0.35, 0.5]))
         kl, limit = feller.rate(q, 0.2, [1e-4, 2e-4, 4e-4])
         here = None
         if e.pair.num_timesteps > 1:
             log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log(np.maximum(1 - e.beta, 1e-200)))])
-            sizes = feller.chain_non_gaussianity(e.x_0[:32, 0], log_alpha_bar, e.beta)
-            here = (sizes, 2, "nearest Gaussian) of the first coordinate")
+            sizes = feller.chain_non_gaussianity(e.x_0[:32, 0], log_alpha_bar, e.beta, self.components)
+            form = "nearest Gaussian" if self.components == 1 else f"a near mixture of {self.components} Gaussians"
+            here = (sizes, 2, f"{form}) of the first coordinate")
         return Reversal(kl, limit, 3.0, "β³·((log q)‴)²/12", here)
 
     def _rounding_of_kernel(

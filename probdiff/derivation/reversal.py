@@ -95,6 +95,10 @@ def n7(e: Evidence) -> Finding:
         "p is first-order Markov with p(x_{t-1} | x_t) a distribution of bits, of rates f_μ(x_t, t) and covariance f_Σ",
         r"p(x^{(t-1)} \mid x^{(t)}) = \mathcal B(f_\mu(x^{(t)}, t)) \text{ or a mixture of such}",
     ),
+    of_mixtures=(
+        "p is first-order Markov with p(x_{t-1} | x_t) a mixture of M Gaussians, of mean f_μ(x_t, t), covariance f_Σ",
+        r"p(x^{(t-1)} \mid x^{(t)}) = \sum_{m=1}^M w_m\, \mathcal N(f_{\mu,m}(x^{(t)}, t), f_{\Sigma,m}(x^{(t)}, t))",
+    ),
     reads=True,
 )
 def n8(e: Evidence) -> Finding:

@@ -15,8 +15,7 @@ class Check:
     pair's distributions, and does not apply where there is none.
     """
 
-    statement: Statement
-    of_bits: Statement
+    statements: dict[str, Statement]  # by the wording that a reader asks for
     needs: tuple[str, ...]
     reads: bool
     compute: Callable[[Evidence], Finding]
@@ -33,17 +32,22 @@ def row(
     needs: tuple[str, ...],
     erratum: str | None = None,
     of_bits: tuple[str, str] | None = None,
+    of_mixtures: tuple[str, str] | None = None,
     reads: bool = False,
 ) -> Callable[[Callable[[Evidence], Finding]], Callable[[Evidence], Finding]]:
     """Declares the function that it decorates as the check of a statement.
 
-    `of_bits` is the text and the LaTeX where the statement reads otherwise for chains of bits.
+    `of_bits` and `of_mixtures` are the text and the LaTeX where the statement reads otherwise for chains of bits, and
+    for kernels that are mixtures of Gaussians.
     """
 
     def declare(compute: Callable[[Evidence], Finding]) -> Callable[[Evidence], Finding]:
         statement = Statement(tag, text, latex, erratum)
-        other = statement if of_bits is None else replace(statement, text=of_bits[0], latex=of_bits[1])
-        CHECKS[tag] = Check(statement, other, needs, reads, compute)
+        statements = {"numbers": statement}
+        for wording, other in (("bits", of_bits), ("mixtures", of_mixtures)):
+            words, equation = other or (text, latex)
+            statements[wording] = replace(statement, text=words, latex=equation)
+        CHECKS[tag] = Check(statements, needs, reads, compute)
         return compute
 
     return declare
