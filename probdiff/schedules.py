@@ -195,7 +195,8 @@ def harmonic(num_timesteps: int) -> _Harmonic:
 class LearnedBetas:
     """One free parameter per step: the NumPyro param "beta" of shape (T,), constrained to (10⁻¹⁰, 1), N4.
 
-    `initial` is a schedule, such as `cosine(num_timesteps)`, or T values in (0, 1), by default `log_snr_linear`.
+    `initial` is a schedule, such as `cosine(num_timesteps)`, or T values in (0, 1), by default `log_snr_linear`, which
+    begins at 5, and at 1 + T where that is less.
     A schedule's β_t above 0.5 start there; T values start where they are, or at 2·10⁻¹⁰.
     Raises `ValueError` where T < 1 or `initial` does not fit.
     """
@@ -205,7 +206,8 @@ class LearnedBetas:
 
     def __post_init__(self) -> None:
         check_count(self.num_timesteps, "num_timesteps", 1)
-        initial = log_snr_linear(self.num_timesteps) if self.initial is None else self.initial
+        first = min(5.0, 1.0 + self.num_timesteps)
+        initial = log_snr_linear(self.num_timesteps, first) if self.initial is None else self.initial
         beta = np.minimum(initial.beta, _LARGEST_INITIAL_BETA) if hasattr(initial, "beta") else initial
         beta = np.maximum(_checked_beta(beta), 2 * _LEAST_NOISE)
         if len(beta) != self.num_timesteps:

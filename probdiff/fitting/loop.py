@@ -35,7 +35,8 @@ from probdiff.schedules import Schedule
 from probdiff.types import Data, Key, Params
 from probdiff.units import Units
 
-_RISING = 0.05  # of the steps of a fit of mixtures
+_RISING = 0.05  # of the steps of a fit of mixtures, as is
+_HELD = 0.2
 _AVERAGING = 0.01  # weight of the newest params in their moving average
 
 
@@ -94,22 +95,25 @@ def _with_frozen(optimizer: Any) -> Any:
 def _adam(d: Diffusion, settings: Settings) -> optax.GradientTransformation:
     """Adam on a clipped gradient, its learning rate falling along a cosine, larger for the schedule's params.
 
-    For mixtures of Gaussians it rises over the first twentieth of the steps: without that some fits of short chains
-    lose a step early, β_1 going to 0, from where there is no gradient to bring it back.
+    For mixtures of Gaussians it rises over the first twentieth of the steps, and the schedule is held over the first
+    fifth. As long as the kernels are no mixtures worth the name, K is larger for a smaller β_1, and short chains lost a
+    step: β_1 went to 0, where there is no gradient to bring it back.
     """
     assert settings.learning_rate is not None
     assert settings.schedule_learning_rate is not None
     assert settings.gradient_clip is not None
     rate = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
+    faster = optax.scale(settings.schedule_learning_rate / settings.learning_rate)
     if isinstance(d, GaussianDiffusion) and d.components > 1:
-        rises = math.ceil(_RISING * settings.num_steps)
+        held, rises = (math.ceil(share * settings.num_steps) for share in (_HELD, _RISING))
+        times = settings.schedule_learning_rate / settings.learning_rate
+        faster = optax.scale_by_schedule(optax.linear_schedule(0.0, times, 2 * rises, held))
         rate = optax.warmup_cosine_decay_schedule(
             settings.learning_rate / (rises + 1), settings.learning_rate, rises, max(settings.num_steps, rises + 1)
         )
     clip = optax.clip_by_global_norm(settings.gradient_clip)
     if d.family.support.is_discrete:  # the score function is large at rare draws, and small without them
         clip = optax.masked(clip, partial(_mask, network=True))
-    faster = optax.scale(settings.schedule_learning_rate / settings.learning_rate)
     return optax.chain(clip, optax.adam(rate), optax.masked(faster, partial(_mask, network=False)))
 
 

@@ -14,7 +14,7 @@ from numpyro.distributions.kl import kl_divergence
 from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy.special import log_softmax, logsumexp
 
-from probdiff import GaussianDiffusion, networks, schedules
+from probdiff import GaussianDiffusion, datasets, fit, networks, schedules
 from probdiff.families.gaussian import Gaussian
 from probdiff.families.mixtures import MixtureKernel, kl_to_mixture
 from probdiff.fitting.loop import _adam
@@ -184,16 +184,34 @@ def test_draws_have_the_density_of_the_exact_method(x64):
     assert scipy.stats.kstest(drawn, lambda value: np.interp(value, x[:, 0], cdf)).pvalue > 1e-4
 
 
-def test_the_learning_rate_of_mixtures_rises_at_first():
-    def first_update(components):
+def test_the_learning_rate_of_mixtures_rises_at_first_and_the_schedule_is_held():
+    def updates_of(components):
+        """Of a weight of the network and of β_1, at each of 200 steps, for a gradient of one."""
         d = mixture_diffusion(components=components)
         params = d.initial_params(jax.random.key(0))
         optimizer = _adam(d, Settings(num_steps=200, batch_size=2))
-        updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
-        return float(updates["network$params"].first.weight[0, 0])
 
-    assert first_update(1) == pytest.approx(-2e-3, rel=1e-3)
-    assert first_update(M) == pytest.approx(-2e-3 / 11, rel=1e-3)
+        def step(state, _):
+            updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+            return state, (updates["network$params"].first.weight[0, 0], updates["beta"][0])
+
+        return jax.lax.scan(step, optimizer.init(params), None, 200)[1]
+
+    (one, _), (of_weight, of_beta) = updates_of(1), updates_of(M)
+    assert one[0] == pytest.approx(-2e-3, rel=1e-3)
+    assert of_weight[0] == pytest.approx(-2e-3 / 11, rel=1e-3)
+    np.testing.assert_array_equal(of_beta[:40], 0.0)
+    assert np.all(of_beta[41:199] < 0)
+    np.testing.assert_allclose(of_beta[60:199], 10 * of_weight[60:199], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_short_chain_keeps_its_steps():
+    """With components β_1 went to 0, where nothing brings it back: T = 2 was then no better than T = 1."""
+    x = np.asarray(datasets.SwissRoll(0.5).sample(jax.random.key(1), 20_000))
+    d = GaussianDiffusion((2,), schedules.LearnedBetas(2), networks.ResidualMLP(64, 2), "full", 4)
+    fitted = fit(d, x, rng_key=jax.random.key(0), num_steps=1500, progress_bar=False)
+    assert fitted.beta[0] > 0.02
 
 
 def test_components_are_counted():
