@@ -209,7 +209,7 @@ def test_the_learning_rate_of_mixtures_rises_at_first_and_the_schedule_is_held()
 def test_a_short_chain_keeps_its_steps():
     """With components β_1 went to 0, where nothing brings it back: T = 2 was then no better than T = 1."""
     x = np.asarray(datasets.SwissRoll(0.5).sample(jax.random.key(1), 20_000))
-    d = GaussianDiffusion((2,), schedules.LearnedBetas(2), networks.ResidualMLP(64, 2), "full", 4)
+    d = GaussianDiffusion((2,), schedules.LearnedBetas(2), networks.ResidualMLP(64, 2), "full", 8)
     fitted = fit(d, x, rng_key=jax.random.key(0), num_steps=1500, progress_bar=False)
     assert fitted.beta[0] > 0.02
 
