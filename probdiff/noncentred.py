@@ -46,7 +46,10 @@ def _stacked(terminal: dist.Distribution, kernel: Kernel, T: int) -> Event:
 
     def step(x_t: Event, args: tuple[Event, Time]) -> tuple[Event, Event]:
         z, t = args
-        x_prev = from_normals(kernel(x_t, t))(z)
+        p = kernel(x_t, t)
+        if not isinstance(_core(p), _OF_NORMALS):
+            raise ValueError(f"stacked=True is for Gaussians and their mixtures, not for {type(_core(p)).__name__}")
+        x_prev = from_normals(p)(z)
         return x_prev, x_prev
 
     x_1, path = jax.lax.scan(step, noise[0], (noise[1:], jnp.arange(T, 1, -1)))

@@ -15,7 +15,7 @@ from numpyro.infer.util import log_density
 from scipy import stats
 
 from probdiff import BinomialDiffusion, GaussianDiffusion, networks, schedules
-from probdiff.noncentred import NonCentred
+from probdiff.noncentred import NonCentred, ancestral
 from probdiff.results import Fit
 
 FAILURE = 1e-4  # of a right program, for each test
@@ -214,6 +214,13 @@ def test_bits_stay_as_they_are():
     assert handlers.seed(fit.prior(), 0)().dtype == jnp.uint8
     with pytest.raises(ValueError, match="stacked=True is for chains of numbers"):
         trace_of(fit.prior(), stacked=True)
+
+
+def test_a_stack_of_other_kernels_is_refused():
+    """Of a Laplace, which has a location and a scale too, and would be drawn as a normal."""
+    terminal = dist.Normal(0.0, 1.0).expand((2,)).to_event(1)
+    with pytest.raises(ValueError, match="not for Laplace"):
+        handlers.seed(ancestral, 0)(terminal, lambda x_t, t: dist.Laplace(x_t, 1.0).to_event(1), 3, stacked=True)
 
 
 def test_wrong_params_and_several_chains_are_refused():
