@@ -16,7 +16,7 @@ from probdiff.baselines import baselines
 from probdiff.chains import Diffusion
 from probdiff.checks import check_count, labels
 from probdiff.faithfulness import Faithfulness, faithfulness
-from probdiff.likelihood.elbo import elbo_draws
+from probdiff.likelihood.elbo import elbo_draws, of_mixtures
 from probdiff.likelihood.paths import log_importance_weights
 from probdiff.psis import k_threshold, pareto_k
 from probdiff.sampling import forward_draws, noise_levels, one_fit, reverse_draws
@@ -61,7 +61,7 @@ def to_datatree(
     | pit | x | chain, draw, t, feature | rank of each forward draw among ten times as many reverse draws, in [0, 1] |
     | observed_data | x_0 | datum, feature | x |
     | log_likelihood | x_0 | chain, draw, datum | the lower bound K; draws are spread as its Monte Carlo error |
-    | importance | log_weight | chain, draw, datum | log w of N14, one path each |
+    | importance | log_weight | chain, draw, datum | log w of N14, one path each; for mixtures those of K |
     | fit | loss | chain, step | losses |
     | fit | beta, log_snr, elbo_part | chain, t | schedule, and the terms of K = Σ_t elbo_part − prior_kl |
     | fit | prior_kl | chain | KL(q(x_T given x_0) ‖ p(x_T)) |
@@ -80,27 +80,29 @@ def to_datatree(
     posterior, forward, pit, log_lik, weights, parts, terminal = ([] for _ in range(7))
     for c in range(C):
         params = one_fit(stacked_params, c)
-        key_rows, key_q, key_p, key_pit, key_elbo, key_weight = jax.random.split(jax.random.fold_in(rng_key, c), 6)
+        key_rows, key_q, key_p, key_elbo, key_weight = jax.random.split(jax.random.fold_in(rng_key, c), 5)
         rows = np.concatenate(
             [jax.random.permutation(key, len(x_0)) for key in jax.random.split(key_rows, -(-num_draws // len(x_0)))]
         )[:num_draws]
-        q, p, reference = (
+        q, p = (
             np.asarray(units.to_features(draws), draws.dtype).reshape(len(draws), len(times), size)
             for draws in (
                 forward_draws(d, params, x_0[rows], key_q, times),
-                reverse_draws(d, params, key_p, num_draws, times),
-                reverse_draws(d, params, key_pit, 10 * num_draws, times),
+                reverse_draws(d, params, key_p, 11 * num_draws, times),
             )
         )
         forward.append(q)
-        posterior.append(p)
-        pit.append(_ranks(q, reference))
+        posterior.append(p[:num_draws])
+        pit.append(_ranks(q, p[num_draws:]))
         draws, mean_parts, terminal_kl = _elbo_draws(d, params, x_0, key_elbo, num_draws)
-        log_lik.append(draws - log_det)
+        mean = draws.mean(0)
+        log_lik.append(mean + (draws - mean) / np.sqrt(num_draws) - log_det)
         mean_parts[0] -= log_det
         parts.append(mean_parts)
         terminal.append(terminal_kl)
-        weights.append(log_importance_weights(d, params, x_0, rng_key=key_weight, num_draws=num_draws) - log_det)
+        if not of_mixtures(d):
+            draws = log_importance_weights(d, params, x_0, rng_key=key_weight, num_draws=num_draws)
+        weights.append(draws - log_det)
     noise = noise_levels(d, stacked_params, C)
     paths = {"dims": {"x": ["t", "feature"]}, "coords": {"t": times, "feature": names}}
     x_0_drawn = units.loc.ravel() + units.scale.ravel() * np.stack(posterior)[:, :, 0]
@@ -149,11 +151,10 @@ def _ranks(q: np.ndarray, reference: np.ndarray) -> np.ndarray:
 def _elbo_draws(
     d: Diffusion, params: Params, x_0: np.ndarray, rng_key: Key, num_draws: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """K per datum, (num_draws, N), shrunk to the spread of its mean; its terms for t = 1…T, (T,), and its KL at T."""
+    """K per datum, (num_draws, N); its terms for t = 1…T, (T,), and its KL at T."""
     parts, draws = elbo_draws(d, params, x_0, rng_key=rng_key, num_draws=num_draws)
-    mean = draws.mean(0)
     terms = np.concatenate([[parts.reconstruction.mean()], -parts.steps.mean(0)])
-    return mean + (draws - mean) / np.sqrt(num_draws), terms, float(parts.terminal.mean())
+    return draws, terms, float(parts.terminal.mean())
 
 
 @dataclass(frozen=True)

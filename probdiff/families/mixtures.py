@@ -10,7 +10,7 @@ from jaxtyping import Array
 from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 
-from probdiff.types import Key
+from probdiff.types import Event, Key
 
 _PAIRS = 2  # of draws, of the rest of a KL divergence
 _LOW = 4  # dimensions, up to which more draws cost little
@@ -42,6 +42,12 @@ class MixtureKernel(dist.MixtureSameFamily):
     def log_weights(self) -> Array:
         """log w_m up to a constant, (…, M)."""
         return self.mixing_distribution.logits
+
+    def component_log_probs(self, value: Event) -> Array:
+        """log w_m·p_m(x), (…, M)."""
+        return jax.nn.log_softmax(self.log_weights) + _log_prob(
+            self.component_distribution, jnp.expand_dims(value, -1 - self.event_dim)
+        )
 
     def with_key(self, key: Key | None) -> "MixtureKernel":
         """The same mixture with another key."""
@@ -81,19 +87,43 @@ def kl_to_mixture(q: dist.Distribution, p: MixtureKernel, rng_key: Key, num_pair
         index = m.reshape(*(1,) * (array.ndim - m.ndim - event_dim - 1), *m.shape, *(1,) * (event_dim + 1))
         return jnp.squeeze(jnp.take_along_axis(array, index, -1 - event_dim), -1 - event_dim)
 
-    return kl_divergence(q, _normal(parts, chosen)) - chosen(log_w) + jnp.mean(chosen(log_r[1:]), 0)
+    return _kl_of_gaussians(q, _normal(parts, chosen)) - chosen(log_w) + jnp.mean(chosen(log_r[1:]), 0)
 
 
 def _log_prob(p: dist.Distribution, x: Array) -> Array:
-    """log p(x) of a Gaussian: by rows where they are few, which on a CPU takes a third of what a solver takes."""
-    if not isinstance(p, dist.MultivariateNormal) or p.event_shape[0] > _LOW:
+    """log p(x) of a Gaussian."""
+    if not _is_small(p):
         return p.log_prob(x)
-    L, centred = p.scale_tril, x - p.loc
+    squares = sum(z**2 for z in _whiten(p.scale_tril, x, p.loc))
+    return -0.5 * squares - _log_scale(p) - 0.5 * p.event_shape[0] * math.log(2 * math.pi)
+
+
+def _kl_of_gaussians(q: dist.Distribution, p: dist.Distribution) -> Array:
+    """KL(q ‖ p) of Gaussians."""
+    if not _is_small(p):
+        return kl_divergence(q, p)
+    columns = q.scale_tril.mT
+    squares = sum(z**2 for z in _whiten(p.scale_tril, q.mean, p.loc))
+    squares = squares + sum(jnp.sum(z**2, -1) for z in _whiten(p.scale_tril[..., None, :, :], columns, 0 * columns))
+    return 0.5 * (squares - p.event_shape[0]) + _log_scale(p) - _log_scale(q)
+
+
+def _is_small(p: dist.Distribution) -> bool:
+    """Whether a Gaussian has so few rows that to solve by rows takes a CPU a third of what a solver takes."""
+    return isinstance(p, dist.MultivariateNormal) and p.event_shape[0] <= _LOW
+
+
+def _whiten(L: Array, x: Array, loc: Array) -> list[Array]:
+    """The coordinates of L⁻¹·(x − loc), one after the other."""
     z: list[Array] = []
-    for i in range(p.event_shape[0]):
-        z.append((centred[..., i] - sum(L[..., i, j] * z[j] for j in range(i))) / L[..., i, i])
-    log_scale = jnp.sum(jnp.log(jnp.diagonal(L, axis1=-2, axis2=-1)), -1)
-    return -0.5 * sum(one**2 for one in z) - log_scale - 0.5 * len(z) * math.log(2 * math.pi)
+    for i in range(L.shape[-1]):
+        z.append((x[..., i] - loc[..., i] - sum(L[..., i, j] * z[j] for j in range(i))) / L[..., i, i])
+    return z
+
+
+def _log_scale(p: dist.MultivariateNormal) -> Array:
+    """Half the log-determinant of the covariance."""
+    return jnp.sum(jnp.log(jnp.diagonal(p.scale_tril, axis1=-2, axis2=-1)), -1)
 
 
 def _normal(p: dist.Distribution, change: Any = lambda array, event_dim: array) -> dist.Distribution:

@@ -20,13 +20,13 @@ from jaxtyping import Float
 from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
-from probdiff.chains import Diffusion, GaussianDiffusion
+from probdiff.chains import Diffusion
 from probdiff.fitting import devices
 from probdiff.fitting.checkpoints import Checkpoints, configuration, program_digest
 from probdiff.fitting.settings import Settings
 from probdiff.fitting.streams import Stream
 from probdiff.fitting.times import time_probs
-from probdiff.likelihood.elbo import elbo
+from probdiff.likelihood.elbo import elbo, of_mixtures
 from probdiff.locks import one_at_a_time
 from probdiff.networks.gaussian_start import frozen, with_start
 from probdiff.progress import progress as progress_of
@@ -104,7 +104,7 @@ def _adam(d: Diffusion, settings: Settings) -> optax.GradientTransformation:
     assert settings.gradient_clip is not None
     rate = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
     faster = optax.scale(settings.schedule_learning_rate / settings.learning_rate)
-    if isinstance(d, GaussianDiffusion) and d.components > 1:
+    if of_mixtures(d):
         held, rises = (math.ceil(share * settings.num_steps) for share in (_HELD, _RISING))
         times = settings.schedule_learning_rate / settings.learning_rate
         faster = optax.scale_by_schedule(optax.linear_schedule(0.0, times, 2 * rises, held))
@@ -127,7 +127,7 @@ def _has_params(schedule: Schedule) -> bool:
 
 
 @one_at_a_time
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})  # it runs once
 def start_state(
     d: Diffusion, settings: Settings, rng_keys: Key, init: Params | None = None, gaussian: Any = None
 ) -> tuple[Any, Params]:

@@ -13,7 +13,7 @@ from numpyro import handlers
 from numpyro.distributions.kl import kl_divergence
 
 from probdiff.blocks import block_size, in_blocks
-from probdiff.chains import Diffusion
+from probdiff.chains import Diffusion, GaussianDiffusion
 from probdiff.families.base import expected_log_ratio
 from probdiff.families.mixtures import MixtureKernel
 from probdiff.likelihood.result import LogLikelihood
@@ -70,7 +70,7 @@ def _parts(d: Diffusion, params: Params, x_0: Event, rng_key: Key) -> tuple[Arra
         q, T = d.family, d.num_timesteps
         noise, kernel = d.kernels()
         keys, times = jax.random.split(rng_key, T), jnp.arange(1, T + 1)
-        if _is_mixture(kernel, x_0):
+        if of_mixtures(d):
             return _along_path(d, noise, kernel, x_0, keys)
         terms = jax.lax.map(lambda args: elbo_term(d, noise, kernel, x_0, *args), (keys, times))
         return kl_divergence(q.marginal(x_0, noise, T), q.terminal(x_0.shape[:1])), terms
@@ -78,8 +78,9 @@ def _parts(d: Diffusion, params: Params, x_0: Event, rng_key: Key) -> tuple[Arra
     return handlers.substitute(program, data=params)()
 
 
-def _is_mixture(kernel: Callable[[Event, Time], Any], x_0: Event) -> bool:
-    return isinstance(jax.eval_shape(lambda x: kernel(x, jnp.ones(len(x), int)), x_0), MixtureKernel)
+def of_mixtures(d: Diffusion) -> bool:
+    """Whether the kernels are mixtures of Gaussians: then draws of `elbo_draws` are log weights of whole paths, N14."""
+    return isinstance(d, GaussianDiffusion) and d.components > 1
 
 
 def _along_path(

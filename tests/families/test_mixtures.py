@@ -15,6 +15,7 @@ from numpyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from scipy.special import log_softmax, logsumexp
 
 from probdiff import GaussianDiffusion, datasets, fit, networks, schedules
+from probdiff.families import mixtures
 from probdiff.families.gaussian import Gaussian
 from probdiff.families.mixtures import MixtureKernel, kl_to_mixture
 from probdiff.fitting.loop import _adam
@@ -164,6 +165,23 @@ def test_the_kl_is_that_of_plain_draws_with_less_spread(x64, covariance, event_s
     draws = jax.vmap(lambda key: kl_to_mixture(q, p, key, 1))(jax.random.split(jax.random.key(1), 100_000))
     assert abs(draws.mean() - plain.mean()) < 5 * np.hypot(draws.std(), plain.std()) / np.sqrt(100_000)
     assert draws.var() < 0.25 * plain.var()  # of a pair: half of that of two plain draws
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+def test_densities_and_kls_of_few_rows_are_those_of_numpyro(x64, size):
+    rng = np.random.default_rng(size)
+
+    def normal(*batch):
+        L = np.tril(rng.normal(size=(*batch, size, size)), -1) + np.eye(size) * rng.uniform(0.2, 2.0, (*batch, size, 1))
+        return dist.MultivariateNormal(rng.normal(size=(*batch, size)), scale_tril=L)
+
+    parts, q, x = normal(6, M), normal(6), rng.normal(size=(6, size))
+    weights = dist.Categorical(logits=rng.normal(size=(6, M)))
+    mixture, theirs = (kind(weights, parts) for kind in (MixtureKernel, dist.MixtureSameFamily))
+    np.testing.assert_allclose(mixture.component_log_probs(x), theirs.component_log_probs(x), rtol=1e-12)
+    np.testing.assert_allclose(mixture.log_prob(x), theirs.log_prob(x), rtol=1e-12)
+    p = normal(6)
+    np.testing.assert_allclose(mixtures._kl_of_gaussians(q, p), kl_divergence(q, p), rtol=1e-12)
 
 
 def test_a_mixture_without_a_key_has_no_kl_in_closed_form():
