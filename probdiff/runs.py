@@ -28,6 +28,13 @@ SCHEDULES: dict[str, Callable[[int], Any]] = {
 
 HELD_OUT = "held_out.npz"
 _NEWER_OPTIONS = {"binary": False, "base_rate": 0.5, "components": 1}  # that earlier runs do not hold
+_LONG: dict[str, Any] = {
+    "num_timesteps": 40, "components": 1, "depth": 3, "num_steps": 20_000, "learning_rate": None
+}  # fmt: skip
+_SHORT = {"num_timesteps": 4, "components": 16, "depth": 2, "num_steps": 8_000, "learning_rate": 0.004}
+_OF_BITS = _LONG | {"num_timesteps": 200}
+_MOST_STEPS = 10  # of a chain that is short
+_LEAST_ROWS = 5_000  # that a short chain wants
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,22 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{folder / 'run.json'} is damaged: {error}") from error
         return cls(folder, options)
+
+    def resolved(self, rows: int, size: int, bits: bool, resume: bool) -> "Run":
+        """The same with the options that are None chosen: as a run has them that is gone on with, or by the data.
+
+        Chains of at most ten steps, of many rows and with a full covariance, are of mixtures.
+        """
+        o = self.options
+        held = Run.open(self.folder).options if resume and (self.folder / "run.json").exists() else {}
+        T, components = (held.get(name) if o[name] is None else o[name] for name in ("num_timesteps", "components"))
+        full = (o["covariance"] or _covariance(rows, size)) == "full"
+        short = full and rows >= _LEAST_ROWS and components != 1 and o["schedule"] == "learned-betas"
+        short = short and (_SHORT["num_timesteps"] if T is None else T) <= _MOST_STEPS
+        if resume and starts_at_noise(self.folder / "checkpoints"):
+            short = False  # which earlier versions had not
+        by_default = (_OF_BITS if bits else _SHORT if short else _LONG) | held
+        return replace(self, options=o | {name: by_default[name] for name in _LONG if o[name] is None})
 
     def check_free(self, resume: bool) -> None:
         """Raises `ValueError` where the folder is a file, or holds a run: other than this one, where it is resumed.
@@ -96,9 +119,7 @@ class Run:
             if o["covariance"] is not None:
                 raise ValueError("--covariance is of Gaussian chains; these data are bits")
             return BinomialDiffusion((size,), schedule, network, o["base_rate"], o["components"])
-        covariance: families.Covariance = o["covariance"] or (
-            "full" if size <= 16 and rows >= 100 * size else "diagonal"
-        )
+        covariance = o["covariance"] or _covariance(rows, size)
         return GaussianDiffusion((size,), schedule, network, covariance, o["components"])
 
     def stopping(self, data_split: datasets.Split) -> dict[str, Any]:
@@ -171,6 +192,11 @@ class Run:
                 return dict(held)
         except Exception as error:  # a damaged archive fails in many ways
             raise ValueError(f"{file} could not be read: {error}") from error
+
+
+def _covariance(rows: int, size: int) -> families.Covariance:
+    """Which covariance so many rows of so many features have by default."""
+    return "full" if size <= 16 and rows >= 100 * size else "diagonal"
 
 
 def load(path: str | Path) -> Fit:

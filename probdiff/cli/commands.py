@@ -34,7 +34,11 @@ _PATIENCE = (
     "checks without progress on held-out rows before stopping; 0: never [default: 20 for real data, 0 else; of few "
     "rows each fifth is held out in turn]"
 )
-_LEARNING_RATE = "of Adam, at the start [default: 0.002, of few rows 0.001]"
+_TIMESTEPS = "T [default: 40, of a short chain 4, of bits 200]"
+_COMPONENTS = "Gaussians, or products of Bernoullis, that a kernel mixes [default: 1, of a short chain 16]"
+_DEPTH = "blocks of the network [default: 3, of a short chain 2]"
+_STEPS = "steps of SVI [default: 20,000, of a short chain 8,000]"
+_LEARNING_RATE = "of Adam, at the start [default: 0.002, of few rows 0.001, of a short chain 0.004]"
 _COVARIANCE = "fixed, diagonal or full [default: full for up to 16 features with 100 rows for each, diagonal else]"
 _SCHEDULE = f"{', '.join(SCHEDULES)} [default: learned-betas, of bits harmonic]"
 _GIVEN = "file of rows that are known in part, in empty cells or whole columns: -n draws for each, with its number"
@@ -53,14 +57,14 @@ def fit(
     binary: Annotated[bool, typer.Option("--binary", help="the file holds bits, 0 or 1")] = False,
     test_fraction: Annotated[float, typer.Option(help="rows of real data that are held out")] = 0.2,
     noise: Annotated[float, typer.Option(help="noise of the swiss roll")] = 0.5,
-    num_timesteps: Annotated[int | None, typer.Option(help="T [default: 40, of bits 200]")] = None,
+    num_timesteps: Annotated[int | None, typer.Option(help=_TIMESTEPS)] = None,
     schedule: Annotated[str | None, typer.Option(help=_SCHEDULE)] = None,
     covariance: Annotated[families.Covariance | None, typer.Option(help=_COVARIANCE)] = None,
     base_rate: Annotated[float, typer.Option(help="of bits: π, the rate of x_T")] = 0.5,
-    components: Annotated[int, typer.Option(help="Gaussians, or products of Bernoullis, that a kernel mixes")] = 1,
+    components: Annotated[int | None, typer.Option(help=_COMPONENTS)] = None,
     width: Annotated[int, typer.Option(help="units of each block of the network")] = 128,
-    depth: Annotated[int, typer.Option(help="blocks of the network")] = 3,
-    num_steps: Annotated[int, typer.Option(help="steps of SVI")] = 20_000,
+    depth: Annotated[int | None, typer.Option(help=_DEPTH)] = None,
+    num_steps: Annotated[int | None, typer.Option(help=_STEPS)] = None,
     batch_size: Annotated[int | None, typer.Option(help="data to a step [default: 512, or all if fewer]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help=_LEARNING_RATE)] = None,
     patience: Annotated[int | None, typer.Option(help=_PATIENCE)] = None,
@@ -68,10 +72,11 @@ def fit(
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     processes: Annotated[int, typer.Option(help=_PROCESSES)] = 1,
 ) -> None:  # fmt: skip
-    """Fit a diffusion, and leave a run folder with figures, a table and an ArviZ file."""
+    """Fit a diffusion, and leave a run folder with figures, a table and an ArviZ file.
+
+    Of 5,000 rows or more, with a full covariance and a T of up to 10 or none given, it is a short chain of mixtures.
+    """
     of_bits = binary or data in datasets.BITS
-    if num_timesteps is None:
-        num_timesteps = 200 if of_bits else 40
     options = {
         "data": data,
         "columns": columns,
@@ -105,12 +110,14 @@ def fit(
     run = Run(out or Path("runs") / Path(data).stem, options)
     data_split = run.data()
     train = data_split.train
-    d = run.diffusion(len(train), train.shape[1], bits=np.issubdtype(train.dtype, np.integer))
+    size, bits = train.shape[1], np.issubdtype(train.dtype, np.integer)
+    run = run.resolved(len(train), size, bits, resume)
+    d = run.diffusion(len(train), size, bits)
     devices.from_first_process(lambda: run.check_free(resume))
     if first:
         print(
             f"{data}: {len(train):,} rows to fit, {len(data_split.test):,} held out, {train.shape[1]} features; "
-            f"T = {d.num_timesteps}, {options['schedule']}, {described(d)}, {num_chains} chain(s)",
+            f"T = {d.num_timesteps}, {run.options['schedule']}, {described(d)}, {num_chains} chain(s)",
             flush=True,
         )
     start = time.perf_counter()
@@ -119,10 +126,10 @@ def fit(
         pd.DataFrame(train, columns=list(data_split.features)),
         rng_key=jax.random.key(seed),
         whole=data_split.whole,
-        num_steps=num_steps,
+        num_steps=run.options["num_steps"],
         batch_size=batch_size,
         num_chains=num_chains,
-        learning_rate=learning_rate,
+        learning_rate=run.options["learning_rate"],
         **run.stopping(data_split),
         checkpoint_dir=run.folder / "checkpoints",
         resume=resume,
@@ -134,7 +141,7 @@ def fit(
     run.keep(fitted, data_split, {})  # before anything else can fail
     if data_split.density is None and not np.issubdtype(train.dtype, np.integer):
         run.keep(fitted, data_split, baselines(train, data_split.test, seed))
-    print(how_it_ended(fitted, num_steps), end="")
+    print(how_it_ended(fitted, run.options["num_steps"]), end="")
     report_on(run, fitted, data_split, fitting=time.perf_counter() - start)
 
 

@@ -219,9 +219,9 @@ def _run(
     if names.shape != (N,) or len(set(names.tolist())) < N:
         raise ValueError(f"datum has shape {names.shape}; there are {N} data to name, each by another name")
     factors = None if d.covariance == "full" else spread(d, fit.params, key_spread)
-    blocks = -(-N * num_filters * num_particles * D**2 // _MOST_NUMBERS)
-    rows = -(-N // blocks)
-    together = max(1, _MOST_NUMBERS // (num_particles * D**2)) if rows == 1 else num_filters
+    of_filter = num_particles * d.components * D**2
+    rows = -(-N // -(-N * num_filters * of_filter // _MOST_NUMBERS))
+    together = max(1, _MOST_NUMBERS // of_filter) if rows == 1 else num_filters
     together = max(size for size in range(1, num_filters + 1) if num_filters % size == 0 and size <= together)
     params, results = fit.params, []
     for start, index in padded_blocks(N, rows):

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from probdiff import GaussianDiffusion, posterior, schedules
+from probdiff.families.gaussian import Gaussian
 from probdiff.results import Fit
 from tests.benchmarks.guidance_problems import DRAWS, D, draw, path, problems
 from tests.benchmarks.timing import parser
@@ -50,11 +51,32 @@ class MixtureDenoiser(eqx.Module):
         return jnp.concatenate([of_mean, 8 * jnp.arctanh(jnp.log(variance / noise) / 16)])
 
 
-def exact_fit(weights, means, variances, num_timesteps=T):
-    """The chain whose network is the exact denoiser of the mixture."""
-    network = MixtureDenoiser(*(jnp.asarray(a, jnp.float32) for a in (np.log(weights), means, variances)))
+class MixtureReversal(eqx.Module):
+    """Of each component its own E[x_0 given x_t] and variances, with its weight given x_t: the reversal is exact."""
+
+    log_weights: jax.Array
+    means: jax.Array
+    variances: jax.Array
+
+    def __call__(self, x_t: jax.Array, log_snr: jax.Array) -> jax.Array:
+        signal, noise = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
+        total = signal * self.variances + noise
+        residual = x_t - jnp.sqrt(signal) * self.means
+        mean = self.means + jnp.sqrt(signal) * self.variances / total * residual
+        of_mean = (mean - jnp.sqrt(signal) * x_t) / jnp.sqrt(noise)
+        of_std = jnp.broadcast_to(8 * jnp.arctanh(jnp.log(self.variances / total) / 16), mean.shape)
+        log_weights = self.log_weights - 0.5 * jnp.sum(residual**2 / total, 1)
+        outputs = jnp.concatenate([jnp.concatenate([of_mean, of_std], 1).ravel(), log_weights])
+        return outputs - Gaussian(x_t.shape, "diagonal", len(mean)).offsets  # which every network's outputs have added
+
+
+def exact_fit(weights, means, variances, num_timesteps=T, components=1):
+    """The chain whose network is the exact denoiser of the mixture, or with its `components` the exact reversal."""
+    network = MixtureDenoiser if components == 1 else MixtureReversal
+    network = network(*(jnp.asarray(a, jnp.float32) for a in (np.log(weights), means, variances)))
     size = np.shape(means)[1]
-    d = GaussianDiffusion((size,), schedules.log_snr_linear(num_timesteps, 9.0, -8.0), network, "diagonal")
+    schedule = schedules.log_snr_linear(num_timesteps, 9.0, -8.0)
+    d = GaussianDiffusion((size,), schedule, network, "diagonal", components)
     params = jax.tree.map(lambda leaf: leaf[None], d.initial_params(jax.random.key(0)))
     return Fit(d, params, np.zeros((1, 1)), np.zeros((1, 0)), np.zeros(size), np.ones(size))
 

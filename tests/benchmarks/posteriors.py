@@ -1,6 +1,6 @@
 """Posteriors of fitted and of exact chains, by particles and by NUTS, beside their truths.
 
-    python -m tests.benchmarks.posteriors [swiss-roll] [rings] [mixture] [calibration]
+    python -m tests.benchmarks.posteriors ["swiss-roll, T = 4, M = 16"] [mixture] [calibration] ...
 
 The first coordinate of x_0 is seen as 0.3 ± 0.1. "own" is the posterior under the fitted chain itself, from 2,000,000
 of its draws weighted by the likelihood; "exact" that under the data's density, on a grid. KS is the largest gap between
@@ -72,10 +72,10 @@ class Rings:
 DENSITIES = {"swiss-roll": datasets.SwissRoll(0.5), "rings": Rings()}
 
 
-def chain_of(name):
-    """The fit of T = 10 to 100,000 draws, made once."""
-    d = GaussianDiffusion((2,), schedules.LearnedBetas(10), networks.ResidualMLP(), "full")
-    file = FOLDER / f"{name}.npz"
+def chain_of(name, num_timesteps=10, components=1):
+    """The fit to 100,000 draws, made once."""
+    d = GaussianDiffusion((2,), schedules.LearnedBetas(num_timesteps), networks.ResidualMLP(), "full", components)
+    file = FOLDER / f"{name}_{num_timesteps}_{components}.npz"
     if not file.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         x = np.asarray(DENSITIES[name].sample(jax.random.key(0), 100_000))
@@ -127,7 +127,7 @@ def by_nuts(fitted, num_chains):
 
     start = time.perf_counter()
     noise = Predictive(prior, num_samples=20 * num_chains)(jax.random.key(2), stacked=True)
-    x = jax.vmap(lambda x_0: fitted.loc + fitted.scale * x_0)(noise["x_0"])
+    x = fitted.units.to_data(np.asarray(noise["x_0"]))
     log_w = log_g(np.asarray(x)[:, 0])
     chosen = jax.random.categorical(jax.random.key(3), jnp.asarray(log_w), shape=(num_chains,))
     initial = {name: noise[name][chosen] for name in ("x_path_base", "x_0_base")}
@@ -142,9 +142,9 @@ def by_nuts(fitted, num_chains):
     return draws, float(1 / (1 / effective.min() + 1 / of_starts)), seconds
 
 
-def seen(name, fitted=None, size=Size()):
+def seen(name, fitted=None, size=Size(), **chain):
     """One density: particles, NUTS, and 200 seeds of the evidence."""
-    fitted, density = fitted or chain_of(name), DENSITIES[name]
+    fitted, density = fitted or chain_of(name, **chain), DENSITIES[name]
     truth, exactly = own(fitted, size.num_own), exact(density)
     likelihood = posterior.LinearGaussian(np.array([SEEN]), np.array([[1.0, 0.0]]), NOISE)
     start = time.perf_counter()
@@ -189,15 +189,16 @@ def seen(name, fitted=None, size=Size()):
     return row
 
 
-def mixture():
+def mixture(num_timesteps=400, components=1):
     """The 64-dimensional mixture of `guidance_problems`: largest error of a mode's weight, and of log p(y).
 
     T = 400: at T = 100, as in `guidance`, the error of the chain itself, whose kernels are Gaussian, is the larger one.
+    With a component for each of the mixture's 25 the reversal is exact at any T.
     """
     row = {}
     for M in (1, 4, 32):
         p = problems(M, "wide")
-        fitted = exact_fit(p["weights"], p["means"], p["variances"], 400)
+        fitted = exact_fit(p["weights"], p["means"], p["variances"], num_timesteps, components)
         errors, off, seconds = [], [], []
         for n in range(len(p["y"])):
             likelihood = posterior.LinearGaussian(p["y"][n], p["A"][n], p["noise"][n])
@@ -220,13 +221,13 @@ def mixture():
     return row
 
 
-def calibration(num_data=200, noise=0.3):
+def calibration(num_data=200, noise=0.3, **chain):
     """Ranks of 200 truths among draws given what is seen of each, by particles and by NUTS (Talts et al. 2018).
 
     NUTS starts at draws that are nearly right, so that it is tested for leaving them so and not for finding them; of
     each of its chains the last draw is used. Ranks among n draws are put in [0, 1], at random within 1/(n + 1).
     """
-    fitted = chain_of("swiss-roll")
+    fitted = chain_of("swiss-roll", **chain)
     truths = fitted.sample(jax.random.key(7), num_data)
     y = truths[:, :1] + noise * np.random.default_rng(0).normal(size=(num_data, 1))
     likelihood = posterior.LinearGaussian(y, np.array([[1.0, 0.0]]), noise)
@@ -241,7 +242,7 @@ def calibration(num_data=200, noise=0.3):
             numpyro.sample("y", dist.Normal(x[:, 0], noise), obs=y[:, 0])
 
     drawn = Predictive(prior, num_samples=20_000)(jax.random.key(9), stacked=True)
-    x = np.asarray(jax.vmap(lambda x_0: fitted.loc + fitted.scale * x_0)(drawn["x_0"]))
+    x = fitted.units.to_data(np.asarray(drawn["x_0"]))
     log_w = jnp.asarray(stats.norm.logpdf(x[:, 0], y, noise))  # data, draws
     chosen = jax.random.categorical(jax.random.key(10), log_w, shape=(num_chains, num_data))
     initial = {name: drawn[name][chosen] for name in ("x_path_base", "x_0_base")}
@@ -279,6 +280,9 @@ def main():
         show("rings, small", small())
         return
     runs = {name: partial(seen, name) for name in DENSITIES} | {"mixture": mixture, "calibration": calibration}
+    for name, run in list(runs.items()):
+        M = 25 if name == "mixture" else 16
+        runs[f"{name}, T = 4, M = {M}"] = partial(run, num_timesteps=4, components=M)
     for name in args.cells or runs:
         cell = runs[name]()
         cells = (json.loads(CELLS.read_text()) if CELLS.exists() else {}) | {name: cell}

@@ -77,21 +77,34 @@ def about(name):
 
 def seen(cells):
     rows = []
+    names = [name for name in cells if name.startswith(("swiss-roll", "rings"))]
     for key, name, form in POSTERIORS["swiss-roll"]:
-        rows.append({"": name} | {density: format(cells[density][key], form) for density in ("swiss-roll", "rings")})
+        rows.append({"": name} | {density: format(cells[density][key], form) for density in names})
     return markdown(rows)
 
 
-def modes(cell):
+def modes(cells):
     rows = []
+    chains = {"T = 400, M = 1": cells["mixture"], "T = 4, M = 25": cells["mixture, T = 4, M = 25"]}
     for key, name, form in POSTERIORS["mixture"]:
-        rows.append({"": name} | {f"M = {M}": format(cell[f"M = {M}, {key}"], form) for M in (1, 4, 32)})
+        rows.append(
+            {"": name}
+            | {
+                f"{chain}: {seen} numbers seen": format(cell[f"M = {seen}, {key}"], form)
+                for chain, cell in chains.items()
+                for seen in (1, 4, 32)
+            }
+        )
     return markdown(rows)
 
 
-def ranks(cell):
+def ranks(cells):
     rows = [
-        {"": way} | {f"p of x_{i}": f"{cell[f'{way}, x_{i}, p']:.2f}" for i in (1, 2)} for way in ("particles", "NUTS")
+        {"": f"{name.removeprefix('calibration').lstrip(', ') or 'T = 10, M = 1'}, {way}"}
+        | {f"p of x_{i}": f"{cell[f'{way}, x_{i}, p']:.2f}" for i in (1, 2)}
+        for name, cell in cells.items()
+        if name.startswith("calibration")
+        for way in ("particles", "NUTS")
     ]
     return markdown(rows)
 
@@ -109,7 +122,7 @@ def table(name):
         return guidance.table()
     if name == "posteriors":
         cells = read(name)
-        return "\n\n".join((seen(cells), modes(cells["mixture"]), ranks(cells["calibration"])))
+        return "\n\n".join((seen(cells), modes(cells), ranks(cells)))
     return markdown(read(name)["rows"])
 
 

@@ -17,9 +17,10 @@ import pandas as pd
 import pytest
 from helpers.diffusions import fit_of, light_diffusion
 
-from probdiff import cli, load
+from probdiff import cli, load, runs
 from probdiff.cli import checking
 from probdiff.cli.evaluation import how_it_ended
+from probdiff.runs import Run
 
 QUICK = ["--num-timesteps=4", "--num-steps=40", "--width=8", "--depth=1", "--patience=0"]
 OWN = ["fit", "own.csv", *QUICK, "--dequantise"]
@@ -398,6 +399,46 @@ def test_mistakes_are_told_in_one_line(probdiff, case):
 
 def test_version_is_that_of_the_package(probdiff):
     assert probdiff("--version") == (0, f"probdiff {version('probdiff')}\n", "")
+
+
+def options(**given):
+    named = ("covariance", "schedule", "num_timesteps", "components", "depth", "num_steps", "learning_rate")
+    return dict.fromkeys(named) | {"schedule": "learned-betas"} | given
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "size", "expected"),
+    [
+        ({}, 5_000, 2, (4, 16, 2, 8_000, 0.004)),
+        ({"num_timesteps": 10, "depth": 3}, 5_000, 2, (10, 16, 3, 8_000, 0.004)),
+        ({"components": 8}, 5_000, 2, (4, 8, 2, 8_000, 0.004)),
+        ({}, 4_999, 2, (40, 1, 3, 20_000, None)),
+        ({}, 100_000, 17, (40, 1, 3, 20_000, None)),  # whose covariance is diagonal
+        ({"num_timesteps": 11}, 5_000, 2, (11, 1, 3, 20_000, None)),
+        ({"components": 1}, 5_000, 2, (40, 1, 3, 20_000, None)),
+        ({"schedule": "linear"}, 5_000, 2, (40, 1, 3, 20_000, None)),
+        ({"components": 3}, 100, 2, (40, 3, 3, 20_000, None)),
+    ],
+)
+def test_many_rows_are_given_a_short_chain_of_mixtures(tmp_path, given, rows, size, expected):
+    found = Run(tmp_path, options(**given)).resolved(rows, size, bits=False, resume=False).options
+    assert (
+        tuple(found[name] for name in ("num_timesteps", "components", "depth", "num_steps", "learning_rate"))
+        == expected
+    )
+
+
+def test_a_run_that_is_gone_on_with_keeps_what_it_had_by_default(tmp_path, monkeypatch):
+    held = options(num_timesteps=40, depth=3, num_steps=500)
+    del held["components"]  # as in runs of earlier versions
+    (tmp_path / "run.json").write_text(json.dumps(held))
+    run = Run(tmp_path, options(num_steps=600))
+    found = run.resolved(100_000, 2, bits=False, resume=True).options
+    assert found == options(num_timesteps=40, components=1, depth=3, num_steps=600)
+    unfinished = Run(tmp_path / "unfinished", options())
+    assert unfinished.resolved(100_000, 2, bits=False, resume=True).options["num_timesteps"] == 4
+    monkeypatch.setattr(runs, "starts_at_noise", lambda _: True)  # a run that an earlier version left
+    assert unfinished.resolved(100_000, 2, bits=False, resume=True).options["num_timesteps"] == 40
 
 
 def test_help_names_every_command(probdiff):

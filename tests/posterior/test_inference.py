@@ -10,6 +10,7 @@ import numpyro.distributions as dist
 import pandas as pd
 import pytest
 import xarray as xr
+from helpers.diffusions import fit_of, linear_mixture
 from helpers.posteriors import FAILURE, KEY, A, conditioned, linear_fit, three_modes
 from scipy import stats
 
@@ -147,3 +148,18 @@ def test_a_fit_of_several_chains_is_refused():
     both = Fit(fit.diffusion, double, np.zeros((2, 1)), np.zeros((2, 0)), fit.loc, fit.scale)
     with pytest.raises(ValueError, match="fit has 2 chains; choose one"):
         posterior.sample(both, Missing(np.zeros((1, 2))), rng_key=KEY)
+
+
+def test_the_arrays_of_components_are_made_in_blocks(monkeypatch):
+    fit, sizes = fit_of(*linear_mixture("full", 2)), []
+
+    def recorded(d, params, factors, likelihoods, rng_keys, num_particles):
+        sizes.append(rng_keys.size * num_particles * d.components * fit.loc.size**2)
+        return whole(d, params, factors, likelihoods, rng_keys, num_particles)
+
+    whole = inference.filters
+    monkeypatch.setattr(inference, "filters", recorded)
+    monkeypatch.setattr(inference, "_MOST_NUMBERS", 2500)
+    posterior.log_evidence(fit, LinearGaussian(np.zeros((6, 1)), A, 1.0), rng_key=KEY, num_particles=50, num_filters=2)
+    assert len(sizes) > 1
+    assert max(sizes) <= 2500
