@@ -39,7 +39,7 @@ def package(d, x, held_out, exact, seed, target, attempts=STEPS):
         seconds = time.perf_counter() - start
         # the data are standardised already, so that the fit's own standardisation all but changes nothing
         values = fit.standardise(held_out)
-        if gap(d, fit.params, values, exact + np.log(fit.scale).sum()) <= target:
+        if gap(d, fit.params, values, exact + fit.units.log_det) <= target:
             return seconds, num_steps
     return np.inf, num_steps
 

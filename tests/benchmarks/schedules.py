@@ -16,6 +16,7 @@ A cell's figures go to `schedules.json` beside this file, written whole or not a
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -70,7 +71,7 @@ def bound(fit, c, x, rng_key, num_draws):
     log_w = paths.log_importance_weights(
         one.diffusion, one.params, one.standardise(x), rng_key=rng_key, num_draws=num_draws
     )
-    return log_w.mean(0) - np.log(fit.scale).sum()
+    return log_w.mean(0) - fit.units.log_det
 
 
 def fit_one(data, schedule, covariance, rate, num_steps, num_chains, x):
@@ -136,7 +137,7 @@ def run(cell, small=False):
 def elsewhere(fit, schedule, test, exact):
     """The gap and its error with the params of each fit in a chain of another T."""
     d = probdiff.GaussianDiffusion((2,), schedule, fit.diffusion.network, fit.diffusion.covariance)
-    moved = probdiff.Fit(d, fit.stacked_params, fit.stacked_losses, fit.stacked_validation, fit.loc, fit.scale)
+    moved = replace(fit, diffusion=d)
     per_datum = np.stack([exact - bound(moved, c, test, jax.random.key(3), 4) for c in range(3)])
     gaps = per_datum.mean(1)
     return [gaps.mean().item(), np.hypot(gaps.std(ddof=1) / 3**0.5, per_datum.mean(0).std() / len(test) ** 0.5).item()]
