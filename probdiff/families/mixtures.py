@@ -104,7 +104,7 @@ def _kl_of_gaussians(q: dist.Distribution, p: dist.Distribution) -> Array:
         return kl_divergence(q, p)
     columns = q.scale_tril.mT
     of_mean = sum(z**2 for z in _whiten(p.scale_tril, q.mean, p.loc))
-    of_spread = sum(jnp.sum(z**2, -1) for z in _whiten(p.scale_tril[..., None, :, :], columns, 0 * columns))
+    of_spread = sum(jnp.sum(z**2, -1) for z in _whiten(p.scale_tril[..., None, :, :], columns, jnp.zeros_like(columns)))
     return 0.5 * (of_mean + of_spread - p.event_shape[0]) + _log_scale(p) - _log_scale(q)
 
 

@@ -31,43 +31,47 @@ CELLS = Path(__file__).with_suffix(".json")
 T = 100
 
 
-class MixtureDenoiser(eqx.Module):
-    """E[x_0 given x_t] and the variances of x_0 given x_t, for components that share the covariance diag(variances)."""
+class Mixture(eqx.Module):
+    """A mixture of Gaussians that share the covariance diag(variances)."""
 
     log_weights: jax.Array
     means: jax.Array
     variances: jax.Array
 
-    def __call__(self, x_t: jax.Array, log_snr: jax.Array) -> jax.Array:
+    def given(self, x_t: jax.Array, log_snr: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of x_0 given x_t: the logarithms of the weights, up to a constant, the means, and the shared variances."""
         signal, noise = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
         total = signal * self.variances + noise
         residual = x_t - jnp.sqrt(signal) * self.means
-        weights = jax.nn.softmax(self.log_weights - 0.5 * jnp.sum(residual**2 / total, 1))
-        each = self.means + jnp.sqrt(signal) * self.variances / total * residual
-        mean = weights @ each
-        variance = weights @ (each - mean) ** 2 + noise * self.variances / total
-        # as outputs of a network: of the mean, and of the standard deviation, as `families.Gaussian.kernel` reads them
-        of_mean = (mean - jnp.sqrt(signal) * x_t) / jnp.sqrt(noise)
-        return jnp.concatenate([of_mean, 8 * jnp.arctanh(jnp.log(variance / noise) / 16)])
-
-
-class MixtureReversal(eqx.Module):
-    """Of each component its own E[x_0 given x_t] and variances, with its weight given x_t: the reversal is exact."""
-
-    log_weights: jax.Array
-    means: jax.Array
-    variances: jax.Array
-
-    def __call__(self, x_t: jax.Array, log_snr: jax.Array) -> jax.Array:
-        signal, noise = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
-        total = signal * self.variances + noise
-        residual = x_t - jnp.sqrt(signal) * self.means
-        mean = self.means + jnp.sqrt(signal) * self.variances / total * residual
-        of_mean = (mean - jnp.sqrt(signal) * x_t) / jnp.sqrt(noise)
-        of_std = jnp.broadcast_to(8 * jnp.arctanh(jnp.log(self.variances / total) / 16), mean.shape)
         log_weights = self.log_weights - 0.5 * jnp.sum(residual**2 / total, 1)
-        outputs = jnp.concatenate([jnp.concatenate([of_mean, of_std], 1).ravel(), log_weights])
-        return outputs - Gaussian(x_t.shape, "diagonal", len(mean)).offsets  # which every network's outputs have added
+        means = self.means + jnp.sqrt(signal) * self.variances / total * residual
+        return log_weights, means, noise * self.variances / total
+
+
+def outputs(x_t, log_snr, mean, variance):
+    """Outputs of a network as `families.Gaussian.kernel` reads them: of the mean, and of the standard deviation."""
+    signal, noise = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
+    of_mean = (mean - jnp.sqrt(signal) * x_t) / jnp.sqrt(noise)
+    return jnp.concatenate([of_mean, jnp.broadcast_to(8 * jnp.arctanh(jnp.log(variance / noise) / 16), mean.shape)], -1)
+
+
+class MixtureDenoiser(Mixture):
+    """E[x_0 given x_t], and the variances of x_0 given x_t."""
+
+    def __call__(self, x_t: jax.Array, log_snr: jax.Array) -> jax.Array:
+        log_weights, each, within = self.given(x_t, log_snr)
+        weights = jax.nn.softmax(log_weights)
+        mean = weights @ each
+        return outputs(x_t, log_snr, mean, weights @ (each - mean) ** 2 + within)
+
+
+class MixtureReversal(Mixture):
+    """Of each component its own mean and variances of x_0 given x_t, and its weight: the reversal is exact."""
+
+    def __call__(self, x_t: jax.Array, log_snr: jax.Array) -> jax.Array:
+        log_weights, each, within = self.given(x_t, log_snr)
+        found = jnp.concatenate([outputs(x_t, log_snr, each, within).ravel(), log_weights])
+        return found - Gaussian(x_t.shape, "diagonal", len(each)).offsets  # which every network's outputs have added
 
 
 def exact_fit(weights, means, variances, num_timesteps=T, components=1):

@@ -90,7 +90,7 @@ def modes(cells):
         rows.append(
             {"": name}
             | {
-                f"{chain}: {seen} numbers seen": format(cell[f"M = {seen}, {key}"], form)
+                f"{chain}; numbers seen: {seen}": format(cell[f"M = {seen}, {key}"], form)
                 for chain, cell in chains.items()
                 for seen in (1, 4, 32)
             }
