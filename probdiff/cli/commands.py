@@ -74,8 +74,8 @@ def fit(
 ) -> None:  # fmt: skip
     """Fit a diffusion, and leave a run folder with figures, a table and an ArviZ file.
 
-    Of 5,000 rows to fit or more, with a full covariance and no T, or one of up to 10, it is a short chain, whose kernels
-    are mixtures.
+    Of 5,000 rows to fit or more, with a full covariance and no T, or one of up to 10, it is a short chain, whose
+    kernels are mixtures.
     """
     of_bits = binary or data in datasets.BITS
     options = {

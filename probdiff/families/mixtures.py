@@ -15,6 +15,7 @@ from probdiff.types import Event, Key
 _PAIRS = 2  # of draws, of the rest of a KL divergence
 _LOW = 4  # dimensions, up to which more draws cost little
 _PAIRS_IF_LOW = 8
+_SUBSTITUTED = 7  # rows, up to which a CPU solves them one by one faster than by a solver
 
 
 class MixtureKernel(dist.MixtureSameFamily):
@@ -109,8 +110,8 @@ def _kl_of_gaussians(q: dist.Distribution, p: dist.Distribution) -> Array:
 
 
 def _is_small(p: dist.Distribution) -> bool:
-    """Whether a Gaussian has so few rows that to solve by rows takes a CPU a third of what a solver takes."""
-    return isinstance(p, dist.MultivariateNormal) and p.event_shape[0] <= _LOW
+    """Whether a Gaussian has so few rows that they are solved one by one."""
+    return isinstance(p, dist.MultivariateNormal) and p.event_shape[0] <= _SUBSTITUTED
 
 
 def _whiten(L: Array, x: Array, loc: Array) -> list[Array]:

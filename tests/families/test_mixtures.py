@@ -167,7 +167,7 @@ def test_the_kl_is_that_of_plain_draws_with_less_spread(x64, covariance, event_s
     assert draws.var() < 0.25 * plain.var()  # of a pair: half of that of two plain draws
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 5])
+@pytest.mark.parametrize("size", [1, 4, 7, 8])
 def test_densities_and_kls_of_few_rows_are_those_of_numpyro(x64, size):
     rng = np.random.default_rng(size)
 
