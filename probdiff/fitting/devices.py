@@ -61,7 +61,7 @@ def one_for_each_fit(num_chains: int) -> None:
 
     A core has then a fit to itself, which takes less time than to share the work of each.
     """
-    cores = os.cpu_count() or 1
+    cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1  # from Python 3.13 on those that it may use
     with suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if num_chains % n == 0))
 

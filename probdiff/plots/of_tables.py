@@ -105,7 +105,7 @@ def correlations(draws: ArrayLike, rows: ArrayLike, features: Sequence[str] | No
     names = labels(features, len(features))
     of_rows, of_draws = rank_correlations(rows), rank_correlations(draws)
     z = correlations_apart(of_draws, of_rows, len(draws), len(rows))
-    figure = Figure(figsize=(14, 5), layout="constrained")
+    figure = Figure(figsize=(14, 5), layout="compressed")
     most = max(4.0, float(np.abs(z).max()))
     for axes, matrix, title, span in zip(
         figure.subplots(1, 3),

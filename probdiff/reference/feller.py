@@ -20,6 +20,7 @@ from scipy.special import logsumexp
 from probdiff.reference.mixtures import components_given
 
 type Row = Float[np.ndarray, " K"]
+_UPDATES = 40  # of expectation maximisation
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def rate(q: Mixture, x: float, betas: ArrayLike) -> tuple[Float[np.ndarray, " B"
     return kl, betas**3 * q.third_derivative(x) ** 2 / 12
 
 
-def distance_to_a_mixture(q: Mixture, components: int, num_updates: int = 40) -> Float[np.ndarray, "..."]:
+def distance_to_a_mixture(q: Mixture, components: int) -> Float[np.ndarray, "..."]:
     """KL(q ‖ a mixture of so many Gaussians that is fitted to q), nats: zero where q has no more, else near the least.
 
     Expectation maximisation under q itself, from its nodes in order, cut into parts of equal weight, with variances no
@@ -103,7 +104,7 @@ def distance_to_a_mixture(q: Mixture, components: int, num_updates: int = 40) ->
     part = np.minimum((components * (np.cumsum(mass, -1) - mass / 2)).astype(int), components - 1)
     share = part[..., None, :] == np.arange(components)[:, None]  # (…, components, nodes)
     least = np.min(q.stds, -1)[..., None] ** 2
-    for _ in range(num_updates):
+    for _ in range(_UPDATES):
         held = mass[..., None, :] * share
         weights = np.maximum(held.sum(-1), 1e-12)
         means = np.sum(held * x[..., None, :], -1) / weights

@@ -1,13 +1,13 @@
-"""Time to a good density on the ring of eight Gaussians, from the start of the process: the chain and two flows.
+"""Time to a good density on the ring of eight Gaussians, from the start of the process: chains and two flows.
 
     pip install -r tests/benchmarks/requirements.txt
     python -m tests.benchmarks.quality
 
 10,000 training points, radius 2, σ = 0.15, whose entropy is log 8 + log(2πe·0.15²) = 1.1231 nats. Seconds count
 imports, compilation and fitting, in a process of its own for each method and seed. The NLL is that entropy plus the
-mean gap to the exact log density over 50,000 test points: for the chain a bound, for the flows exact. The flows are
-fitted in the usual way: flowjax's `fit_to_data`, and for zuko Adam on batches of 512 for 25 s. The first row is a
-shorter fit of the same chain.
+mean gap to the exact log density over 50,000 test points: for chains a bound, for the flows exact. The flows are
+fitted in the usual way: flowjax's `fit_to_data`, and for zuko Adam on batches of 512 for 25 s or 115 s. Chains of T
+steps and M components take so many steps that they end after some 30 s, or the longer ones after 120 s.
 """
 
 import argparse
@@ -19,12 +19,20 @@ import time
 START = time.perf_counter()
 
 ENTROPY = 1.1230798  # log 8 + log(2πe·0.15²), up to e⁻¹³ for the overlap of neighbours
-RUNS = {
-    "probdiff, 3,000 steps": ("probdiff", 3_000),
-    "probdiff, 15,000 steps": ("probdiff", 15_000),
-    "flowjax": ("flowjax", 0),
-    "zuko": ("zuko", 0),
+RUNS = {  # a method, and of a chain T, M and steps
+    "T = 100, M = 1": "probdiff 100 1 16000",
+    "T = 1, M = 8": "probdiff 1 8 6000",
+    "T = 1, M = 16": "probdiff 1 16 4500",
+    "T = 2, M = 16": "probdiff 2 16 4000",
+    "T = 4, M = 16": "probdiff 4 16 3500",
+    "flowjax": "flowjax",
+    "zuko": "zuko 25",
+    "T = 100, M = 1, longer": "probdiff 100 1 80000",
+    "T = 1, M = 8, longer": "probdiff 1 8 30000",
+    "T = 4, M = 16, longer": "probdiff 4 16 20000",
+    "zuko, longer": "zuko 115",
 }
+SEEDS = 3
 
 
 def data(seed, num_test=50_000):
@@ -39,23 +47,25 @@ def data(seed, num_test=50_000):
     return train, test, np.asarray(ring.log_prob(test), float)
 
 
-def chain(seed, num_steps):
+def chain(seed, T, M, num_steps):
     import jax
 
     import probdiff
     from probdiff import networks, schedules
     from probdiff.likelihood import paths
 
+    T, M, num_steps = int(T), int(M), int(num_steps)
     train, test, exact = data(seed, 50_000 if num_steps > 1000 else 500)
-    d = probdiff.GaussianDiffusion((2,), schedules.LearnedBetas(100), networks.ResidualMLP(64, 3), "full")
-    fit = probdiff.fit(d, train, rng_key=jax.random.key(seed), num_steps=num_steps, batch_size=1024, progress_bar=False)
+    d = probdiff.GaussianDiffusion((2,), schedules.LearnedBetas(T), networks.ResidualMLP(64, 3), "full", M)
+    batch = {"batch_size": 1024} if M == 1 else {"learning_rate": 4e-3}
+    fit = probdiff.fit(d, train, rng_key=jax.random.key(seed), num_steps=num_steps, progress_bar=False, **batch)
     seconds = time.perf_counter() - START
     log_w = paths.log_importance_weights(d, fit.params, fit.standardise(test), rng_key=jax.random.key(7), num_draws=4)
 
     return seconds, exact - (log_w.mean(0) - fit.units.log_det)
 
 
-def flowjax(seed, _):
+def flowjax(seed):
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -74,7 +84,7 @@ def flowjax(seed, _):
     return seconds, exact - np.asarray(flow.log_prob(test), float)
 
 
-def zuko(seed, _):
+def zuko(seed, seconds):
     import torch
     import zuko
 
@@ -85,7 +95,7 @@ def zuko(seed, _):
     flow = zuko.flows.NSF(features=2, transforms=3, hidden_features=(64, 64))
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
     best, best_state, step = float("inf"), None, 0
-    while time.perf_counter() - start < 25:
+    while time.perf_counter() - start < float(seconds):
         loss = -flow().log_prob(x[torch.randint(len(x), (512,))]).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -105,12 +115,12 @@ def zuko(seed, _):
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--small", action="store_true", help="less than a minute, to see that it runs; saves nothing")
-    options.add_argument("--row", nargs=3, metavar=("METHOD", "SEED", "STEPS"), help="one fit, in this process")
+    options.add_argument("--row", nargs="+", metavar="SEED, METHOD", help="one fit, in this process")
     args = options.parse_args()
     if args.row:
-        method, seed, steps = args.row
+        seed, method, *rest = args.row
         fits = {"probdiff": chain, "flowjax": flowjax, "zuko": zuko}
-        seconds, gap = fits[method](int(seed), int(steps))
+        seconds, gap = fits[method](int(seed), *rest)
         print(json.dumps([seconds, float(gap.mean()), float(gap.std() / len(gap) ** 0.5)]))
         return
     import numpy as np
@@ -118,12 +128,13 @@ def main():
     from tests.benchmarks.timing import missing, report, spread
 
     absent, rows = missing("flowjax", "zuko"), []
-    for name, (method, steps) in {"probdiff, 50 steps": ("probdiff", 50)}.items() if args.small else RUNS.items():
+    for name, row in {"T = 4, M = 2": "probdiff 4 2 50"}.items() if args.small else RUNS.items():
+        method, *_ = row.split()
         if method in absent:
             continue
         found = []
-        for seed in range(1 if args.small else 5):
-            command = [sys.executable, "-m", "tests.benchmarks.quality", "--row", method, str(seed), str(steps)]
+        for seed in range(1 if args.small else SEEDS):
+            command = [sys.executable, "-m", "tests.benchmarks.quality", "--row", str(seed), *row.split()]
             found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         seconds, gap, error = np.array(found).T
         rows.append({"method": name, "seconds": spread(seconds), "test NLL, nats": spread(ENTROPY + gap, 5),

@@ -131,11 +131,12 @@ def test_parts_of_a_mixture_are_those_of_its_density(x64, batch):
         np.testing.assert_allclose(density, wanted.sum(-1), rtol=1e-9)
 
 
-def test_the_distance_to_a_mixture():
+def test_the_distance_to_a_mixture(monkeypatch):
     """Of one Gaussian that of its moments; of more between the least that a search finds and that of one fewer."""
+    monkeypatch.setattr(feller, "_UPDATES", 300)
     rng = np.random.default_rng(0)
     q = feller.Mixture(rng.dirichlet(np.ones(6)), rng.normal(size=6) * 2, np.full(6, 0.4))
-    found = [float(feller.distance_to_a_mixture(q, m, 300)) for m in (1, 2, 3, 6)]
+    found = [float(feller.distance_to_a_mixture(q, m)) for m in (1, 2, 3, 6)]
     assert found[0] == pytest.approx(feller.non_gaussianity(q), rel=1e-2, abs=2e-4)
     assert found[-1] == 0.0
     assert np.all(np.diff(found) < 2e-4)

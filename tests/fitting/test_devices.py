@@ -189,7 +189,7 @@ def test_devices_left_idle_are_told(monkeypatch):
 def test_each_fit_has_a_device_of_its_own(num_chains, wanted, monkeypatch):
     asked = {}
     monkeypatch.setattr(jax.config, "update", asked.__setitem__)
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.process_cpu_count", lambda: 4, raising=False)
     devices.one_for_each_fit(num_chains)
     assert asked == {"jax_num_cpu_devices": wanted}
 
