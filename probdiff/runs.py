@@ -33,7 +33,7 @@ _LONG: dict[str, Any] = {
 }  # fmt: skip
 _SHORT = {"num_timesteps": 4, "components": 16, "depth": 2, "num_steps": 8_000, "learning_rate": 0.004}
 _OF_BITS = _LONG | {"num_timesteps": 200}
-_MOST_STEPS = 10  # of a chain that is short
+_MOST_TIMESTEPS = 10  # of a chain that is short
 _LEAST_ROWS = 5_000  # that a short chain wants
 
 
@@ -57,14 +57,14 @@ class Run:
     def resolved(self, rows: int, size: int, bits: bool, resume: bool) -> "Run":
         """The same with the options that are None chosen: as a run has them that is gone on with, or by the data.
 
-        Chains of at most ten steps, of many rows and with a full covariance, are of mixtures.
+        Chains of at most ten steps with learned β_t are of mixtures where rows are so many that covariances are full.
         """
         o = self.options
         held = Run.open(self.folder).options if resume and (self.folder / "run.json").exists() else {}
         T, components = (held.get(name) if o[name] is None else o[name] for name in ("num_timesteps", "components"))
-        full = (o["covariance"] or _covariance(rows, size)) == "full"
+        full = o["covariance"] in (None, "full") and _covariance(rows, size) == "full"
         short = full and rows >= _LEAST_ROWS and components != 1 and o["schedule"] == "learned-betas"
-        short = short and (_SHORT["num_timesteps"] if T is None else T) <= _MOST_STEPS
+        short = short and (_SHORT["num_timesteps"] if T is None else T) <= _MOST_TIMESTEPS
         if resume and starts_at_noise(self.folder / "checkpoints"):
             short = False  # which earlier versions had not
         by_default = (_OF_BITS if bits else _SHORT if short else _LONG) | held

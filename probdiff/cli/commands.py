@@ -74,8 +74,8 @@ def fit(
 ) -> None:  # fmt: skip
     """Fit a diffusion, and leave a run folder with figures, a table and an ArviZ file.
 
-    Of 5,000 rows to fit or more, with a full covariance and no T, or one of up to 10, it is a short chain, whose
-    kernels are mixtures.
+    With 5,000 rows to fit or more, and 100 or more for each of up to 16 features, the default is a short chain of
+    mixtures with learned β_t: T = 4 and 16 components. --components 1 gives a long one of Gaussians, T = 40.
     """
     of_bits = binary or data in datasets.BITS
     options = {

@@ -54,8 +54,8 @@ class Gaussian:
     def offsets(self) -> np.ndarray:
         """What is added to the network's outputs, (P,), so that several components differ at the start.
 
-        Means of x_0 given x_t are spread, and variances made less by as much, so that the mixture has the variance of
-        one Gaussian and is near it.
+        Means of x_0 given x_t are spread, and variances made less by as much where they are learned, so that the
+        mixture has the variance of one Gaussian and is near it. With fixed covariances it is wider by that spread.
         """
         size, M = math.prod(self.event_shape), self.components
         each = np.zeros((M, self.num_outputs_of_each))
@@ -95,7 +95,7 @@ class Gaussian:
 
         f_μ is the mean of q(x_{t−1} given x_t, x̂_0) at the `predicted` x̂_0, which at outputs of zero is exact for
         standard normal data.
-        f_Σ = β_t·M·Mᵀ, M lower triangular with M_ii = √(ρ_t + (1−ρ_t)·exp(2·8·tanh(b_ii/8))) and M_ij = (1−ρ_t)·b_ij,
+        f_Σ = β_t·C·Cᵀ, C lower triangular with C_ii = √(ρ_t + (1−ρ_t)·exp(2·8·tanh(b_ii/8))) and C_ij = (1−ρ_t)·b_ij,
         ρ_t as in `NoiseLevels.noise_kept`. So f_Σ is β_t·I at b = 0, and the variance of each coordinate given those
         before it lies above β_t·ρ_t, the variance when x_0 is known. For covariance "fixed" f_Σ is β_t·I throughout.
 
@@ -155,7 +155,7 @@ class Gaussian:
 
         Both are of each of the M components, which are an axis before those of the event.
         a is the coefficient of x_0 in the mean of q(x_{t−1} given x_t, x_0). V need not be positive. With B the part of
-        M below its diagonal over 1 − ρ_t, and S its diagonal, V = (1−ᾱ_t)·(diag exp(16·tanh(b_ii/8)) + S·Bᵀ + B·S +
+        C below its diagonal over 1 − ρ_t, and S its diagonal, V = (1−ᾱ_t)·(diag exp(16·tanh(b_ii/8)) + S·Bᵀ + B·S +
         (1−ρ_t)·B·Bᵀ): written out so that no digits are lost where f_Σ is nearly β_t·ρ_t·I.
         """
         outputs = outputs[..., None, :] if self.components == 1 else self.split(outputs)[0]

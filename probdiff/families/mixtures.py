@@ -65,7 +65,7 @@ def components_of(p: dist.Distribution) -> dist.Distribution:
 
 
 def kl_to_mixture(q: dist.Distribution, p: MixtureKernel, rng_key: Key, num_pairs: int | None = None) -> Array:
-    """An unbiased estimate of KL(q ‖ Σ_m w_m·p_m), nats, for Gaussian q and p_m, of q's batch shape.
+    """An unbiased estimate of KL(q ‖ Σ_m w_m·p_m), nats, for Gaussian q and p_m, of their common batch shape.
 
     With r_m(x) = w_m·p_m(x)/p(x), and m the component whose r_m is largest at q's mean,
 
@@ -85,6 +85,7 @@ def kl_to_mixture(q: dist.Distribution, p: MixtureKernel, rng_key: Key, num_pair
     m = jnp.argmax(log_r[0], -1)
 
     def chosen(array: Array, event_dim: int = 0) -> Array:
+        array = jnp.broadcast_to(array, jnp.broadcast_shapes(array.shape, m.shape + array.shape[-1 - event_dim :]))
         index = m.reshape(*(1,) * (array.ndim - m.ndim - event_dim - 1), *m.shape, *(1,) * (event_dim + 1))
         return jnp.squeeze(jnp.take_along_axis(array, index, -1 - event_dim), -1 - event_dim)
 
@@ -136,9 +137,13 @@ def _normal(p: dist.Distribution, change: Any = lambda array, event_dim: array) 
     return dist.Normal(change(loc, n), change(scale, n)).to_event(n)
 
 
+def _is_gaussian(p: dist.Distribution) -> bool:
+    return isinstance(p.base_dist if isinstance(p, dist.Independent) else p, dist.Normal | dist.MultivariateNormal)
+
+
 def _kl(q: dist.Distribution, p: MixtureKernel) -> Array:
-    if p.key is None:
-        raise NotImplementedError
+    if p.key is None or not (_is_gaussian(q) and _is_gaussian(p.component_distribution)):
+        raise NotImplementedError  # and NumPyro's ELBOs take the draw of the site
     is_typed = jnp.issubdtype(p.key.dtype, jax.dtypes.prng_key)
     keys = p.key.reshape(-1) if is_typed else p.key.reshape(-1, p.key.shape[-1])  # several where p was scanned
     return kl_to_mixture(q, p, keys[0])

@@ -105,7 +105,8 @@ def quantile(
     The root lies between the least and the largest of loc_m + scale_m·z. Newton's steps on the logarithm of the smaller
     tail, and halving where they leave that bracket or shrink too slowly. The derivatives are those of the implicit
     function: dx/dz = φ(z)/p(x), and with r_m the share of component m in p(x), dx/dloc_m = r_m,
-    dx/dscale_m = r_m·(x − loc_m)/scale_m and dx/dlog w_m = −w_m·(F_m(x) − F(x))/p(x).
+    dx/dscale_m = r_m·(x − loc_m)/scale_m and dx/dlog w_m = −w_m·(F_m(x) − F(x))/p(x). In a gap between components where
+    p(x) vanishes they are large, and finite.
     """
     each = loc + scale * z[..., None]
     low, high = jnp.min(each, -1), jnp.max(each, -1)
@@ -139,9 +140,14 @@ def _quantile_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tu
     u, log_tails, log_tail, log_p = _at(x, side, log_w, loc, scale)
     wide = log_p[..., None]
     r = jnp.exp(log_w + norm.logpdf(u) - jnp.log(scale) - wide)
-    of_weight = jnp.exp(log_w + log_tail[..., None] - wide) - jnp.exp(log_w + log_tails - wide)
+    most = 0.5 * jnp.log(jnp.finfo(x.dtype).max)
+    of_weight = _exp(log_w + log_tail[..., None] - wide, most) - _exp(log_w + log_tails - wide, most)
     of_each = side[..., None] * of_weight * tangents[1] + r * (tangents[2] + u * tangents[3])
-    return x, jnp.exp(norm.logpdf(z) - log_p) * tangents[0] + jnp.sum(of_each, -1)
+    return x, _exp(norm.logpdf(z) - log_p, most) * tangents[0] + jnp.sum(of_each, -1)
+
+
+def _exp(x: Array, most: Array) -> Array:
+    return jnp.exp(jnp.minimum(x, most))
 
 
 def _at(x: Array, side: Array, log_w: Array, loc: Array, scale: Array) -> tuple[Array, Array, Array, Array]:

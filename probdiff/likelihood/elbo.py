@@ -31,7 +31,8 @@ class ELBOParts:
 
     `terminal` (…, N): KL(q(x_T given x_0) ‖ p(x_T)). `steps` (…, N, T−1): E KL(q(x_{t−1} given x_t, x_0) ‖
     p(x_{t−1} given x_t)), t = 2…T. `reconstruction` (…, N): E log p(x_0 given x_1).
-    A fit of several chains has them as a leading axis.
+    A fit of several chains has them as a leading axis. Of mixtures of Gaussians the KLs are estimates along paths of
+    log q − log p, which may be negative.
     """
 
     terminal: np.ndarray
@@ -131,8 +132,8 @@ def elbo_draws(
     """The parts of N17 per datum of one chain, and the estimates of their sum that each draw gives, (S, N).
 
     K = E log p(x_0 given x_1) − Σ_{t≥2} E KL(q(x_{t−1} given x_t, x_0) ‖ p(x_{t−1} given x_t))
-    − KL(q(x_T given x_0) ‖ p(x_T)): KLs in closed form, expectations over x_t from `num_draws` draws for each t. Of
-    kernels that are mixtures nothing is in closed form: log q − log p is taken along `num_draws` whole paths.
+    − KL(q(x_T given x_0) ‖ p(x_T)): KLs in closed form, expectations over x_t from `num_draws` draws for each t. Where
+    kernels are mixtures of Gaussians log q − log p is taken along `num_draws` whole paths instead.
     x_0 (N, *event_shape) in the chain's own units; nats.
     """
     parts, draws = zip(*_elbo_blocks(d, params, x_0, rng_key, num_draws), strict=True)

@@ -40,7 +40,8 @@ def smc(d: Diffusion, params: Params, x_0: Data, *, rng_key: Key, num_particles:
     S, R, size = num_particles, num_draws, int(np.prod(d.event_shape))
     first = d.family.terminal()
     square = (size <= FULL and not d.family.support.is_discrete) or isinstance(first, dist.MultivariateNormal)
-    rows = block_size(len(x_0), max(1, min(_ROWS, 2**21 // (R * S * size * (size if square else 1)))))
+    numbers = R * S * size * (size if square else 1) * getattr(d, "components", 1)
+    rows = block_size(len(x_0), max(1, min(_ROWS, 2**21 // numbers)))
 
     def twisted(x: Data, rng_key: Key) -> Float[np.ndarray, "R n"]:
         def run(x: Data, rng_key: Key) -> np.ndarray:

@@ -38,7 +38,7 @@ class Twist(NamedTuple):
 def tilted(p: dist.Distribution, twist: Twist) -> tuple[dist.Distribution, Float[Array, "*batch"]]:
     """p(x)·ψ(x)/∫p·ψ, over x as a vector, and log ∫ p(x)·ψ(x) dx: again a distribution of p's kind.
 
-    p is a normal, a product of Bernoullis, or a mixture of such products; raises `TypeError` for any other.
+    p is a normal, a product of Bernoullis, or a mixture of such; raises `TypeError` for any other.
     """
     if isinstance(p, dist.MixtureSameFamily):
         components, log_mass = tilted(p.component_distribution, twist)

@@ -118,7 +118,7 @@ def distance_to_a_mixture(q: Mixture, components: int) -> Float[np.ndarray, "...
 def _log_joint(weights: np.ndarray, means: np.ndarray, stds: np.ndarray, x: np.ndarray) -> np.ndarray:
     """log w_k·N(x given m_k, s_k²), (…, K, nodes)."""
     z = (x[..., None, :] - means[..., None]) / stds[..., None]
-    return np.log(weights / stds)[..., None] - 0.5 * z**2 - 0.5 * np.log(2 * np.pi)
+    return np.log(np.maximum(weights, 1e-300) / stds)[..., None] - 0.5 * z**2 - 0.5 * np.log(2 * np.pi)
 
 
 def _log_density(weights: np.ndarray, means: np.ndarray, stds: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -5,9 +5,10 @@
     python -m tests.benchmarks.components --table         # prints the table of the cells that are done
 
 Each cell is a data set, T and M, with full covariances and learned β_t: three fits of 20,000 steps with the default
-options to 100,000 data, judged on 10,000 others by K of 8 draws. L is the exact log density of the same data, so the
-gap's error is that of a paired difference, and of the spread of the three fits. Cells are done in the order of what is
-asked of them first. Their figures go to `components.json` beside this file, written whole or not at all.
+options to 100,000 data, judged on 10,000 others by K of 8 draws, or of 64 where M = 1. L is the exact log density of
+the same data, so the gap's error is that of a paired difference, and of the spread of the three fits. Cells are done in
+the order of what is asked of them first. Their figures go to `components.json` beside this file, written whole or not
+at all.
 """
 
 import json

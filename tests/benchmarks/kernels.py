@@ -4,8 +4,9 @@
 
 A step is one of `probdiff.fit` at T = 5 with full covariances, learned β_t and batch 512, in one compiled loop; the
 numbers of components take turns. The spread is that of one estimate of K of a datum of the swiss roll, after a fit of
-8,000 steps at T = 4: from one plain draw of every x_{t−1}; from the closed form and the rest that a fit takes; and as
-an evaluation takes it, with several components along one path. `mcse` is that of K of 10,000 rows by 8 of the last.
+8,000 steps at T = 4: over 1,000 data, from one plain draw of every x_{t−1}, and from the closed form and the rest that
+a fit takes; over 10,000 data, as an evaluation takes it, with several components along one path. `mcse` is that of K of
+the 10,000 by 8 of the last.
 """
 
 import jax

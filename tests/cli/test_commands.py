@@ -416,6 +416,7 @@ def options(**given):
         ({}, 100_000, 17, (40, 1, 3, 20_000, None)),  # whose covariance is diagonal
         ({"num_timesteps": 11}, 5_000, 2, (11, 1, 3, 20_000, None)),
         ({"components": 1}, 5_000, 2, (40, 1, 3, 20_000, None)),
+        ({"covariance": "full"}, 5_500, 64, (40, 1, 3, 20_000, None)),
         ({"schedule": "linear"}, 5_000, 2, (40, 1, 3, 20_000, None)),
         ({"components": 3}, 100, 2, (40, 3, 3, 20_000, None)),
     ],

@@ -116,7 +116,7 @@ def test_parts_of_a_mixture_are_those_of_its_density(x64, batch):
     log_w, loc, scale = jnp.asarray(rng.normal(size=2)), jnp.asarray(rng.normal(size=(batch, 2, 1))), 0.5
     weights = dist.Categorical(logits=log_w)
     kinds = [
-        dist.MixtureSameFamily(weights, dist.Normal(loc[..., 0], scale)).expand((batch,)).to_event(0),
+        dist.MixtureSameFamily(weights, dist.Normal(loc[..., 0], scale)),
         dist.MixtureSameFamily(weights, dist.Normal(loc, scale).to_event(1)),
         dist.MixtureSameFamily(weights, dist.MultivariateNormal(loc, scale_tril=scale * jnp.eye(1))),
     ]
@@ -131,9 +131,8 @@ def test_parts_of_a_mixture_are_those_of_its_density(x64, batch):
         np.testing.assert_allclose(density, wanted.sum(-1), rtol=1e-9)
 
 
-def test_the_distance_to_a_mixture(monkeypatch):
+def test_the_distance_to_a_mixture():
     """Of one Gaussian that of its moments; of more between the least that a search finds and that of one fewer."""
-    monkeypatch.setattr(feller, "_UPDATES", 300)
     rng = np.random.default_rng(0)
     q = feller.Mixture(rng.dirichlet(np.ones(6)), rng.normal(size=6) * 2, np.full(6, 0.4))
     found = [float(feller.distance_to_a_mixture(q, m)) for m in (1, 2, 3, 6)]
@@ -155,3 +154,11 @@ def test_the_distance_to_a_mixture(monkeypatch):
     starts = [np.concatenate([[0.0], rng.normal(size=2) * 2, np.log([1.0, 1.0])]) for _ in range(12)]
     least = min(minimize(loss, start, method="Nelder-Mead", options={"maxiter": 3000}).fun for start in starts)
     assert 0.99 * least - 2e-4 < found[1] < 1.5 * least + 2e-4
+
+
+def test_the_distance_to_a_mixture_where_a_component_has_no_weight():
+    """As where β is small and data are far apart."""
+    q = feller.Mixture(np.array([0.5, 0.3, 0.2]), np.array([-2.0, 0.0, 2.0]), np.full(3, 0.03))
+    far = q.reversed_kernel(np.sqrt(1 - 1e-3) * -2.0, 1e-3)
+    assert far.weights.min() == 0.0
+    assert abs(feller.distance_to_a_mixture(far, 2)) < 1e-9

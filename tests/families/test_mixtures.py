@@ -105,7 +105,7 @@ def pairs(d):
     return {
         "trace": (d.reverse, d.forward, Trace_ELBO()),
         "mean field": (d.reverse, d.forward_posterior, mean_field),
-        "stacked trace": (partial(d.reverse, stacked=True), partial(d.forward, stacked=True), Trace_ELBO()),
+        "stacked trace": (partial(d.reverse, stacked=True), partial(d.forward_posterior, stacked=True), Trace_ELBO()),
         "stacked mean field": (
             partial(d.reverse, stacked=True),
             partial(d.forward_posterior, stacked=True),
@@ -131,10 +131,7 @@ def test_every_pair_is_unbiased_in_value_and_gradient(x64, pair):
     d, x_0 = mixture_diffusion(), jnp.asarray([0.7])
     params = random_params(d, 3)
     exact, wanted = jax.jit(jax.value_and_grad(lambda params: exact_elbo(d, params, x_0)))(params)
-    if pair == "stacked trace":
-        model, guide, loss = pairs(d)["stacked mean field"][0], pairs(d)["stacked mean field"][1], Trace_ELBO()
-    else:
-        model, guide, loss = pairs(d)[pair]
+    model, guide, loss = pairs(d)[pair]
     keys = jax.random.split(jax.random.key(0), 20_000)
     value = jax.value_and_grad(lambda params, key: -loss.loss(key, params, model, guide, x_0))
     values, gradients = jax.jit(lambda keys: jax.lax.map(partial(value, params), keys, batch_size=2000))(keys)
@@ -182,6 +179,25 @@ def test_densities_and_kls_of_few_rows_are_those_of_numpyro(x64, size):
     np.testing.assert_allclose(mixture.log_prob(x), theirs.log_prob(x), rtol=1e-12)
     p = normal(6)
     np.testing.assert_allclose(mixtures._kl_of_gaussians(q, p), kl_divergence(q, p), rtol=1e-12)
+
+
+def test_the_kl_is_of_gaussians_alone():
+    """Of any other guide NumPyro takes the draw."""
+    weights, parts = dist.Categorical(logits=jnp.zeros(2)), dist.Normal(jnp.zeros((2, 1)), 1.0).to_event(1)
+    p = MixtureKernel(weights, parts, jax.random.key(0))
+    for q in (dist.Laplace(jnp.zeros(1), 1.0).to_event(1), dist.StudentT(3.0, jnp.zeros(1), 1.0).to_event(1)):
+        with pytest.raises(NotImplementedError):
+            kl_divergence(q, p)
+
+
+def test_the_kl_has_the_batch_shape_of_both(x64):
+    rng, key = np.random.default_rng(0), jax.random.key(0)
+    q = dist.Normal(rng.normal(size=(5, 2)), 0.5).to_event(1)
+    weights, loc = rng.normal(size=3), rng.normal(size=(3, 2))
+    one = MixtureKernel(dist.Categorical(logits=weights), dist.Normal(loc, 0.7).to_event(1))
+    of_each = (np.broadcast_to(a, (5, *a.shape)) for a in (weights, loc))
+    five = MixtureKernel(dist.Categorical(logits=next(of_each)), dist.Normal(next(of_each), 0.7).to_event(1))
+    np.testing.assert_allclose(kl_to_mixture(q, one, key), kl_to_mixture(q, five, key), rtol=1e-12)
 
 
 def test_a_mixture_without_a_key_has_no_kl_in_closed_form():
