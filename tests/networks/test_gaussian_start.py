@@ -150,6 +150,18 @@ def test_far_out_the_network_makes_no_covariance_small(x64):
         assert jnp.isfinite(jax.jacfwd(outputs)(x, 3.0)).all()
 
 
+@pytest.mark.parametrize("components", [1, 2])
+def test_second_derivatives_are_finite_in_single_precision(components):
+    """Which the ledger takes, at the start too."""
+    d = GaussianDiffusion((2,), schedules.cosine(4), networks.ResidualMLP(4, 1), "full", components)
+    params = with_start(random_params(d), jnp.zeros(2), -jnp.full(2, 5.0), jnp.full(2, 5.0))
+    zero = jax.tree.map(jnp.zeros_like, params["network$params"].network.last)
+    start = eqx.tree_at(lambda one: one.network.last, params["network$params"], zero)
+    for one in (params["network$params"], start):
+        found = jax.hessian(lambda x, one=one: one.around(one.network, components)(x, jnp.array(1.0)))(jnp.ones(2))
+        assert jnp.isfinite(found).all()
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
