@@ -8,7 +8,8 @@ imports, compilation and fitting, in a process of its own for each method and se
 mean gap to the exact log density over 50,000 test points: for chains a bound, for the flows exact. The flows are
 fitted in the usual way: flowjax's `fit_to_data`, and for zuko Adam on batches of 512 for 25 s or 115 s. Chains of T
 steps and M components have networks of 3×64 units: with one component batches of 1,024, with several batches of 512 and
-twice the default learning rate, 0.004. They take so many steps that they end after some 30 s, the longer ones 90 to 120 s.
+twice the default learning rate, 0.004. They take so many steps that they end after some 30 s, the longer ones after 90
+to 120 s.
 """
 
 import argparse
