@@ -1,6 +1,7 @@
 """Data sets with exact densities, data sets by name, and the tables in users' files."""
 
 from probdiff.checks import check_bits, check_data, check_varies
+from probdiff.datasets import transforms
 from probdiff.datasets.named import BITS, Split, density, load, split
 from probdiff.datasets.synthetic import Density, GaussianMixture, Heartbeat, SwissRoll, eight_gaussians
 from probdiff.datasets.tables import (
@@ -34,4 +35,5 @@ __all__ = [
     "read_frame",
     "read_table",
     "split",
+    "transforms",
 ]
