@@ -19,15 +19,16 @@ _FOLDS = 5
 _LEAST_OF_TAIL = 10  # rows beyond the outermost knots
 _LEAST_ROWS = 8  # to each knot
 _CLOSE = 1e-9  # of the range, between two knots
-_EASY = 20_000  # rows that are enough to choose by
+_ENOUGH = 20_000  # rows that are enough to choose by
 
 
 @dataclass(frozen=True)
 class Monotone:
     """e(x) = s(b(x)): b is the `base`, and s a rational quadratic spline with knots at `at` and values `scores`.
 
-    b(x) is x, log(x − low), arcsinh((x − shift)/width) or log(x − low) − log(high − x). Beyond its outermost knots s is
-    a straight line; with two knots it is one throughout. `slopes` are those of s at its knots.
+    b(x) is x, log(x − low), −log(high − x), arcsinh((x − shift)/width) or log(x − low) − log(high − x). Its
+    `parameters` are: none; low and 1; high and −1; shift and width; low and high. Beyond its outermost knots s is a
+    straight line; with two knots it is one throughout. `slopes` are those of s at its knots.
     Source of the spline: Gregory and Delbourgo 1982.
     """
 
@@ -50,8 +51,7 @@ class Monotone:
         """x, of which this is e."""
         at, scores, d = (np.array(held) for held in (self.at, self.scores, self.slopes))
         inside = np.clip(e, scores[0], scores[-1])
-        k = np.clip(np.searchsorted(scores, inside, side="right") - 1, 0, len(at) - 2)
-        width, height = np.diff(at)[k], np.diff(scores)[k]
+        k, width, height = _between(scores, inside, at, scores)
         s, rise = height / width, inside - scores[k]
         bend = rise * (d[k + 1] + d[k] - 2 * s)
         a, b, c = height * (s - d[k]) + bend, height * d[k] - bend, -s * rise
@@ -64,8 +64,7 @@ class Monotone:
         """s(y) and its slope."""
         at, scores, d = (np.array(held) for held in (self.at, self.scores, self.slopes))
         inside = np.clip(y, at[0], at[-1])
-        k = np.clip(np.searchsorted(at, inside, side="right") - 1, 0, len(at) - 2)
-        width, height = np.diff(at)[k], np.diff(scores)[k]
+        k, width, height = _between(at, inside, at, scores)
         s, xi = height / width, (inside - at[k]) / width
         both = xi * (1 - xi)
         below = s + (d[k + 1] + d[k] - 2 * s) * both
@@ -96,7 +95,8 @@ def standardised(
     levels = np.sort(np.concatenate([levels, tail, 1 - tail]))
     at, scores = np.quantile(y, levels), ndtri(levels)
     apart = np.concatenate([[True], np.diff(at) > _CLOSE * np.ptp(y)])
-    at, scores = at[apart], scores[apart]
+    group = np.cumsum(apart) - 1  # a value that is often there has the mean of its scores
+    at, scores = at[apart], np.bincount(group, scores) / np.bincount(group)
     if len(at) < 2:
         return line
     slopes = PchipInterpolator(at, scores).derivative()(at)
@@ -112,6 +112,7 @@ def choose(x: Float[np.ndarray, " N"], low: float = -math.inf, high: float = mat
     simplest that is within one standard error of the best of the paired differences, in five folds. A base that does
     not keep draws in (low, high) is none of the candidates. log p(x) is then log N(e(x); 0, 1) + `log_slope`(x), or of
     a fit to several such columns what it says of their e, plus the sum of their log slopes.
+    It is for measurements: of levels, each in many rows, no density has a bound.
     Raises `ValueError` where x is no column of finite numbers in (low, high), or does not vary.
     """
     x = np.asarray(x, np.float64)
@@ -119,7 +120,7 @@ def choose(x: Float[np.ndarray, " N"], low: float = -math.inf, high: float = mat
         raise ValueError(f"x has shape {x.shape} or entries that are not finite; a column (N,) of numbers is wanted")
     if outside := np.flatnonzero((x <= low) | (x >= high)).tolist():
         raise ValueError(f"x has values outside of ({low}, {high}), in row(s) {some(outside)}")
-    every = max(1, len(x) // _EASY)
+    every = max(1, len(x) // _ENOUGH)
     order = np.random.default_rng(0).permutation(len(x))[::every]
     held = x[order]
     fold = np.arange(len(held)) % _FOLDS
@@ -141,12 +142,21 @@ def choose(x: Float[np.ndarray, " N"], low: float = -math.inf, high: float = mat
         base, parameters = _bases(x, low, high)[0]
         return standardised(x, base, parameters)
     best = max(found, key=lambda one: one[0].mean())[0]
-    # the fewest knots come first, and of bases the plainest
-    for log_p, base, parameters, num_knots in sorted(found, key=lambda one: one[3]):
+
+    def is_near(log_p: np.ndarray) -> bool:
         loss = best - log_p
-        if loss.mean() <= loss.std() / math.sqrt(len(loss)):
-            return standardised(x, base, parameters, num_knots)
-    raise AssertionError  # the best is within its own error
+        return bool(loss.mean() <= loss.std() / math.sqrt(len(loss)))
+
+    # the fewest knots come first, and of bases the plainest
+    near = (one for one in sorted(found, key=lambda one: one[3]) if is_near(one[0]))
+    _, base, parameters, num_knots = next(near)
+    return standardised(x, base, parameters, num_knots)
+
+
+def _between(knots: np.ndarray, values: np.ndarray, *of_knots: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The knot at or below each value, and how far each of `of_knots` rises from there to the next."""
+    k: np.ndarray = np.clip(np.searchsorted(knots, values, side="right") - 1, 0, len(knots) - 2)
+    return k, *(np.diff(held)[k] for held in of_knots)
 
 
 def _bases(x: Float[np.ndarray, " N"], low: float, high: float) -> list[tuple[Base, tuple[float, ...]]]:
@@ -154,7 +164,9 @@ def _bases(x: Float[np.ndarray, " N"], low: float, high: float) -> list[tuple[Ba
     if math.isfinite(low) and math.isfinite(high):
         return [("logit", (low, high))]
     if math.isfinite(low):
-        return [("log", (low,))]
+        return [("log", (low, 1.0))]
+    if math.isfinite(high):
+        return [("log", (high, -1.0))]
     quarter, middle, three = np.quantile(x, [0.25, 0.5, 0.75])
     width = (three - quarter) / 1.349 or float(x.std())
     return [("identity", ()), ("arcsinh", (float(middle), float(width)))]
@@ -164,8 +176,9 @@ def _based(base: Base, parameters: tuple[float, ...], x: np.ndarray) -> tuple[np
     """b(x) and log db/dx."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if base == "log":
-            y = np.log(x - parameters[0])
-            return y, -y
+            end, sign = parameters
+            y = sign * np.log(sign * (x - end))
+            return y, -sign * y
         if base == "logit":
             low, high = parameters
             below, above = np.log(x - low), np.log(high - x)
@@ -179,11 +192,14 @@ def _based(base: Base, parameters: tuple[float, ...], x: np.ndarray) -> tuple[np
 def _unbased(base: Base, parameters: tuple[float, ...], y: np.ndarray) -> np.ndarray:
     """x, of which y is b(x)."""
     with np.errstate(over="ignore"):
-        if base == "log":
-            return parameters[0] + np.exp(y)
+        if base == "log":  # rounding must not end at the end itself
+            end, sign = parameters
+            x = end + sign * np.exp(sign * y)
+            return np.maximum(x, np.nextafter(end, np.inf)) if sign > 0 else np.minimum(x, np.nextafter(end, -np.inf))
         if base == "logit":
             low, high = parameters
-            return low + (high - low) / (1 + np.exp(-y))
+            x = low + (high - low) / (1 + np.exp(-y))
+            return np.clip(x, np.nextafter(low, high), np.nextafter(high, low))
         if base == "arcsinh":
             return parameters[0] + parameters[1] * np.sinh(y)
         return y

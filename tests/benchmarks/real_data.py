@@ -47,11 +47,9 @@ def chain(train, test, seed, num_steps=20_000):
     return bound.values, f"{len(fit.losses)} steps"
 
 
-def short_chain(train, test, seed, num_steps=20_000, components=4):
-    d = probdiff.GaussianDiffusion(
-        (train.shape[1],), schedules.LearnedBetas(8), networks.ResidualMLP(), components=components
-    )
-    fit = probdiff.fit(d, train, rng_key=jax.random.key(seed), num_steps=num_steps, progress_bar=False)
+def short_chain(train, test, seed):
+    d = probdiff.GaussianDiffusion((train.shape[1],), schedules.LearnedBetas(8), networks.ResidualMLP(), components=4)
+    fit = probdiff.fit(d, train, rng_key=jax.random.key(seed), progress_bar=False)
     bound = fit.log_likelihood(test, rng_key=jax.random.key(1000 + seed), num_draws=20)
     return bound.values, f"{len(fit.losses)} steps"
 
